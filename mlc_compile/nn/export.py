@@ -1,0 +1,277 @@
+"""The exported functions of a model library: the decoder ABI, defined here and nowhere else.
+
+Names and signatures are those that web-llm and the MLC runtimes look up (notes/mlc-format.md, section 4);
+`prefill_tokens`/`decode_tokens` go from token ids to logits in one call. H is the hidden size, V the
+vocabulary, dt the model dtype, n tokens, b sequences; `params` is one packed tuple in metadata order.
+
+The transformer stack is emitted twice, for any number of rows and for exactly one, and every exported
+function calls one of the two: a library holds each layer's code twice instead of twelve times.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from tvm import relax, te, tirx
+from tvm.ir import IRModule
+from tvm.relax import BlockBuilder
+from tvm.relax.frontend.nn import Tensor, op
+
+from mlc_compile.config import CompileConfig, rope_table
+from mlc_compile.models.spec import Model
+from mlc_compile.nn.decoder import Decoder, build_decoder
+from mlc_compile.nn.kv_cache import KernelFactory, PagedKVCache, create_kv_cache
+from mlc_compile.nn.linear import LayerFactory
+from mlc_compile.quantization.policy import StoredParam
+
+STACK = "transformer"
+STACK_ONE = "transformer_one"
+
+
+@dataclass(frozen=True)
+class Arg:
+    """A tensor argument; string extents are symbolic."""
+
+    name: str
+    shape: tuple[int | str, ...]
+    dtype: str
+
+
+class Exporter:
+    """Emits the functions of one decoder into a Relax module.
+
+    `params` fixes the order and the types of the packed tuple; a decoder whose parameters differ from it
+    in name, shape or dtype is a bug and raises AssertionError.
+    """
+
+    def __init__(self, decoder: Decoder, params: Sequence[StoredParam], dtype: str) -> None:
+        self.decoder = decoder
+        self.dtype = dtype
+        self.hidden_size = _hidden_size(decoder)
+        self.builder = BlockBuilder()
+        held = dict(decoder.named_parameters())
+        assert sorted(held) == sorted(p.name for p in params), (
+            set(held) ^ {p.name for p in params},
+        )
+        self.parameters = [held[p.name] for p in params]
+        for stored, parameter in zip(params, self.parameters, strict=True):
+            shape = tuple(int(extent) for extent in parameter.shape)
+            assert (shape, str(parameter.dtype)) == (stored.shape, stored.dtype), stored
+        self.stack: relax.GlobalVar
+        self.stack_one: relax.GlobalVar
+
+    def export(self, create_cache: Callable[..., PagedKVCache]) -> IRModule:
+        """All functions that need the weights or the cache; sampling is attached by nn/sampling.py.
+
+        create_cache makes the cache from the five symbolic sizes of its MLC signature.
+        """
+        h, dt = self.hidden_size, self.dtype
+        self.stack = self._stack(STACK, "n")
+        self.stack_one = self._stack(STACK_ONE, 1)
+
+        ids = Arg("input_ids", ("seq_len",), "int32")
+        hidden = Arg("hidden_states", ("seq_len", h), dt)
+        positions = Arg("logit_positions", ("batch_size",), "int32")
+        one = Arg("input_embed", (1, 1, h), dt)
+        prompt = Arg("input_embed", (1, "seq_len", h), dt)
+        ragged = Arg("input_embeds", (1, "seq_len", h), dt)
+        batch = Arg("input_embeds", ("batch_size", 1, h), dt)
+
+        define = self._define
+        decoder, rows, one_row = self.decoder, self._rows, self._one_row
+        define("embed", [ids], lambda x: decoder.embed(x), cache=False)
+        define("get_logits", [hidden], lambda x: decoder.logits(x), cache=False)
+        define(
+            "batch_select_last_hidden_states",
+            [hidden, positions],
+            lambda x, at: op.take(x, at, axis=0),
+            cache=False,
+            params=False,
+        )
+
+        def last_states(x: Tensor, cache: relax.Var) -> Tensor:
+            return _last_row(rows(x, cache))
+
+        def selected(x: Tensor, at: Tensor, cache: relax.Var) -> Tensor:
+            return op.take(rows(x, cache), at, axis=0)
+
+        # (name, arguments, hidden states [m, H] of the result, leading shape of the result)
+        stacks: list[tuple[str, list[Arg], Callable[..., Tensor], Callable[[Tensor], list[object]]]]
+        stacks = [
+            ("prefill", [prompt], last_states, lambda y: [1, 1]),
+            ("decode", [one], one_row, lambda y: [1, 1]),
+            ("batch_prefill", [ragged, positions], selected, lambda y: [1, y.shape[0]]),
+            ("batch_decode", [batch], rows, lambda y: [y.shape[0], 1]),
+            ("batch_verify", [ragged], rows, lambda y: [1, y.shape[0]]),
+        ]
+        for name, args, states, lead in stacks:
+            define(
+                name, args, lambda *a, f=states, s=lead: _reshape(decoder.logits(y := f(*a)), s(y))
+            )
+            if name in ("prefill", "batch_prefill"):  # MLC's to_last_hidden_states keep every row
+
+                def every(x: Tensor, *rest: object) -> Tensor:
+                    y = rows(x, rest[-1])
+                    return _reshape(y, [1, y.shape[0]])
+
+                define(f"{name}_to_last_hidden_states", args[:1], every)
+            else:
+                define(
+                    f"{name}_to_last_hidden_states",
+                    args,
+                    lambda *a, f=states, s=lead: _reshape(y := f(*a), s(y)),
+                )
+        define(
+            "prefill_tokens",
+            [ids],
+            lambda x, c: _reshape(decoder.logits(last_states(decoder.embed(x), c)), [1, 1]),
+        )
+        define(
+            "decode_tokens",
+            [Arg("input_ids", (1,), "int32")],
+            lambda x, c: _reshape(decoder.logits(one_row(decoder.embed(x), c)), [1, 1]),
+        )
+        self._create_kv_cache(create_cache)
+        return self.builder.finalize()
+
+    def _stack(self, name: str, rows: int | str) -> relax.GlobalVar:
+        """Private function (hidden dt[rows, H], cache, params) -> dt[rows, H] after the final norm."""
+        extent = tirx.Var(rows, "int64") if isinstance(rows, str) else rows
+        ty = relax.TensorType([extent, self.hidden_size], self.dtype)
+        x, cache = relax.Var("hidden_states", ty), relax.Var("paged_kv_cache", relax.AnyType())
+        packed = self._packed_params()
+        with self.builder.function(name, [x, cache, packed], private=False):
+            with self.builder.dataflow():
+                self._bind(packed)
+                y = self.decoder.hidden_states(Tensor(_expr=x), PagedKVCache(_expr=cache, _name="paged_kv_cache"))
+                out = self.builder.emit_output(y._expr)
+            return self.builder.emit_func_output(out)
+
+    def _rows(self, x: Tensor, cache: relax.Var) -> Tensor:
+        """Hidden states [n, H] of embeddings [..., H] through the stack for any number of rows."""
+        return self._call(self.stack, x, cache)
+
+    def _one_row(self, x: Tensor, cache: relax.Var) -> Tensor:
+        return self._call(self.stack_one, x, cache)
+
+    def _call(self, stack: relax.GlobalVar, x: Tensor, cache: relax.Var) -> Tensor:
+        flat = x if len(x.shape) == 2 else _flatten(x)
+        call = relax.Call(stack, [flat._expr, cache, self._packed])
+        return Tensor(_expr=self.builder.emit(call))
+
+    def _define(
+        self,
+        name: str,
+        args: Sequence[Arg],
+        body: Callable[..., Tensor],
+        *,
+        cache: bool = True,
+        params: bool = True,
+    ) -> None:
+        """Exported function (args..., cache?, params?) -> body's tensor, with the cache when it has one."""
+        variables: dict[str, tirx.Var] = {}
+
+        def extent(e: int | str) -> int | tirx.Var:
+            return variables.setdefault(e, tirx.Var(e, "int64")) if isinstance(e, str) else e
+
+        tensors = [
+            relax.Var(a.name, relax.TensorType([extent(e) for e in a.shape], a.dtype)) for a in args
+        ]
+        state = [relax.Var("paged_kv_cache", relax.AnyType())] if cache else []
+        packed = [self._packed_params()] if params else []
+        with self.builder.function(
+            name, [*tensors, *state, *packed], attrs={"num_input": len(tensors) + len(state)}
+        ):
+            with self.builder.dataflow():
+                if params:
+                    self._bind(packed[0])
+                y = body(*(Tensor(_expr=t) for t in tensors), *state)._expr
+                out = self.builder.emit_output(relax.Tuple([y, *state]) if cache else y)
+            self.builder.emit_func_output(out)
+
+    def _packed_params(self) -> relax.Var:
+        types = [relax.TensorType(list(p.shape), p.dtype) for p in self.parameters]
+        return relax.Var("packed_params", relax.TupleType(types))
+
+    def _bind(self, packed: relax.Var) -> None:
+        """Make the decoder's parameters the fields of this function's tuple; unused ones are dropped later."""
+        self._packed = packed
+        for i, parameter in enumerate(self.parameters):
+            parameter._expr = self.builder.emit(relax.TupleGetItem(packed, i))
+
+    def _create_kv_cache(self, create_cache: Callable[..., PagedKVCache]) -> None:
+        """create_tir_paged_kv_cache(max_batch, max_total_seq, prefill_chunk, page_size, sliding)."""
+        names = (
+            "max_batch_size",
+            "max_total_seq_len",
+            "prefill_chunk_size",
+            "page_size",
+            "support_sliding_window",
+        )
+        sizes = {name: tirx.Var(name, "int64") for name in names}
+        args = [relax.Var(f"{name}_", relax.ShapeType([size])) for name, size in sizes.items()]
+        with self.builder.function("create_tir_paged_kv_cache", args):
+            with self.builder.dataflow():
+                cache = self.builder.emit(create_cache(**sizes)._expr)
+                out = self.builder.emit_output(cache)
+            self.builder.emit_func_output(out)
+
+
+def export_decoder(
+    model: Model,
+    layers: LayerFactory,
+    params: Sequence[StoredParam],
+    config: CompileConfig,
+    kernels: KernelFactory,
+) -> IRModule:
+    """The module of `model` with the weight layers of a scheme and the cache kernels of a target.
+
+    `params` lists what is stored, in the order of the packed tuple.
+    """
+    c = model.config
+    inv_freq, attention_factor = rope_table(c, config)
+
+    def create_cache(**sizes: tirx.Var) -> PagedKVCache:
+        return create_kv_cache(
+            kernels=kernels,
+            num_layers=c.num_hidden_layers,
+            num_qo_heads=c.num_attention_heads,
+            num_kv_heads=c.num_key_value_heads,
+            head_dim=c.head_dim,
+            dtype=layers.dtype,
+            inv_freq=inv_freq,
+            attention_factor=attention_factor,
+            sliding_window=config.sliding_window_size if config.sliding_window_size > 0 else None,
+            attention_sink=max(config.attention_sink_size, 0),
+            **sizes,
+        )
+
+    return Exporter(build_decoder(model, layers), params, layers.dtype).export(create_cache)
+
+
+def _hidden_size(decoder: Decoder) -> int:
+    return int(decoder.model.norm.weight.shape[0])
+
+
+def _flatten(x: Tensor) -> Tensor:
+    a, b, width = x.shape
+    return op.reshape(x, (a * b, width))
+
+
+def _reshape(x: Tensor, lead: list[object]) -> Tensor:
+    return op.reshape(x, (*lead, x.shape[-1]))
+
+
+def _last_row(x: Tensor) -> Tensor:
+    """[n, H] -> [1, H]."""
+    n, width = x.shape
+
+    def last(rows: te.Tensor) -> te.Tensor:
+        return te.compute(
+            (tirx.IntImm("int64", 1), tirx.IntImm("int64", int(width))),
+            lambda i, j: rows[rows.shape[0] - 1 + i, j],
+            name="last_row",
+        )
+
+    return op.tensor_expr_op(last, "last_row", [x])

@@ -1,0 +1,26 @@
+"""The gated feed-forward block, the one module of `models.spec.GatedMLP`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from tvm.relax.frontend import nn
+from tvm.relax.frontend.nn import Tensor, op
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": op.silu,
+}
+
+
+class GatedMLP(nn.Module):
+    """down(act(gate(x)) * up(x)); gate and up are one fused matrix (Shazeer, "GLU Variants", 2020)."""
+
+    def __init__(self, gate_up_proj: nn.Module, down_proj: nn.Module, activation: str) -> None:
+        self.gate_up_proj = gate_up_proj
+        self.down_proj = down_proj
+        self.activation = ACTIVATIONS[activation]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [n, hidden] -> [n, hidden]."""
+        gate, up = op.split(self.gate_up_proj(x), 2, axis=-1)  # [n, intermediate] each
+        return self.down_proj(op.multiply(self.activation(gate), up))

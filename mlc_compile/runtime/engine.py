@@ -1,0 +1,257 @@
+"""Load a compiled library with its parameters and drive its functions: the local runtime.
+
+Tokens in, float32 logits out. Sequences live in the library's paged KV cache and are named by integers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mlc_compile.compiler.tvm_pair import require_tvm
+from mlc_compile.errors import InputError
+from mlc_compile.manifest import stored_schema_id
+from mlc_compile.quantization.policy import StoredParam
+from mlc_compile.weights.tensor_cache import load_params, read_stored_params
+
+PAGE_SIZE = 16
+_KV = (
+    "kv_state_add_sequence",
+    "kv_state_remove_sequence",
+    "kv_state_fork_sequence",
+    "kv_state_popn",
+    "kv_state_begin_forward",
+    "kv_state_end_forward",
+    "kv_state_clear",
+    "attention_kv_cache_enable_sliding_window_for_seq",
+)
+
+Logits = NDArray[np.float32]
+
+
+class Library:
+    """A model library on this machine: its functions and its metadata."""
+
+    def __init__(self, path: Path) -> None:
+        """Load `path`.
+
+        Raises:
+            InputError: not a library, or not one of ours.
+        """
+        require_tvm()
+        import tvm
+        from tvm.runtime.vm import VirtualMachine
+
+        self._tvm = tvm
+        if not path.is_file():
+            raise InputError(f"{path}: no such library", hint="make one with `mlc_compile compile`")
+        try:
+            self.device = tvm.cpu()
+            self.vm = VirtualMachine(tvm.runtime.load_module(str(path.resolve())), self.device)
+            self.metadata: dict[str, Any] = json.loads(str(self.vm["_metadata"]()))
+        except (RuntimeError, ValueError, AttributeError, OSError) as error:
+            reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+            raise InputError(f"{path}: not a loadable model library: {reason}") from error
+        self.path = path
+        self.kv = {name: tvm.get_global_func(f"vm.builtin.{name}") for name in _KV}
+
+    @property
+    def params(self) -> list[StoredParam]:
+        """The parameters it wants, in order."""
+        return [
+            StoredParam(p["name"], tuple(p["shape"]), p["dtype"]) for p in self.metadata["params"]
+        ]
+
+    def has(self, name: str) -> bool:
+        return name in self.metadata["mlc_compile"]["functions"]
+
+    def tensor(self, array: NDArray[Any]) -> Any:
+        return self._tvm.runtime.tensor(np.ascontiguousarray(array), self.device)
+
+    def shape(self, *extents: int) -> Any:
+        return self._tvm.runtime.ShapeTuple(list(extents))
+
+
+def bind_params(library: Library, directory: Path) -> list[Any]:
+    """The library's parameters from a directory that convert_weight wrote.
+
+    Raises:
+        InputError: names, shapes or dtypes of the two differ; both fingerprints are named.
+    """
+    wanted = library.params
+    stored = {p.name: p for p in read_stored_params(directory)}
+    problems = [
+        f"{w.name} {w.dtype}{list(w.shape)} against "
+        + (f"{s.dtype}{list(s.shape)}" if (s := stored.get(w.name)) else "nothing")
+        for w in wanted
+        if (s := stored.get(w.name)) is None or (s.shape, s.dtype) != (w.shape, w.dtype)
+    ]
+    unknown = sorted(stored.keys() - {w.name for w in wanted})
+    ids = (stored_schema_id(directory), library.metadata["mlc_compile"]["parameter_schema_id"])
+    if problems or unknown or ids[0] != ids[1]:
+        differences = problems + [f"{name} is not the library's" for name in unknown]
+        what = (
+            f"{len(differences)} parameters differ, first {differences[0]}"
+            if differences
+            else "the same names and shapes are packed differently"
+        )
+        raise InputError(
+            f"{directory} and {library.path} do not belong together: {what} "
+            f"(parameters {ids[0]}, library {ids[1]})",
+            hint="compile the library for this directory, or convert with the library's scheme",
+        )
+    arrays = load_params(directory, [w.name for w in wanted])
+    return [_to_tensor(library, array) for array in arrays]
+
+
+def _to_tensor(library: Library, array: NDArray[Any]) -> Any:
+    """bfloat16 crosses as uint16 bits, for numpy has no such type of its own."""
+    if array.dtype.name != "bfloat16":
+        return library.tensor(array)
+    tvm = library._tvm
+    tensor = tvm.runtime.empty(array.shape, "bfloat16", library.device)
+    return tensor.copyfrom(array)
+
+
+@dataclass
+class Engine:
+    """One library with its parameters and one KV cache."""
+
+    library: Library
+    params: list[Any]
+    cache: Any
+    chunk: int
+    window: int
+    sink: int
+
+    @classmethod
+    def load(
+        cls, library: Path, directory: Path, *, max_batch: int | None = None
+    ) -> Engine:
+        """Load both and make a cache for `max_batch` sequences (default: the library's own)."""
+        lib = Library(library)
+        params = bind_params(lib, directory)
+        meta = lib.metadata
+        batch = max_batch or meta["max_batch_size"]
+        window = meta["sliding_window_size"]
+        per_sequence = meta["mlc_compile"]["kv_tokens"]
+        cache = lib.vm["create_tir_paged_kv_cache"](
+            lib.shape(batch),
+            lib.shape(per_sequence * batch),
+            lib.shape(meta["prefill_chunk_size"]),
+            lib.shape(PAGE_SIZE),
+            lib.shape(int(window > 0)),
+        )
+        return cls(
+            lib, params, cache, meta["prefill_chunk_size"], window, meta["attention_sink_size"]
+        )
+
+    @property
+    def context(self) -> int:
+        """Tokens that one sequence may have; no bound with a sliding window."""
+        size = self.library.metadata["context_window_size"]
+        return int(size) if size > 0 else 1 << 30
+
+    def add_sequence(self, sequence: int) -> None:
+        self.library.kv["kv_state_add_sequence"](self.cache, sequence)
+        if self.window > 0:
+            self.library.kv["attention_kv_cache_enable_sliding_window_for_seq"](
+                self.cache, sequence, self.window, max(self.sink, 0)
+            )
+
+    def remove_sequence(self, sequence: int) -> None:
+        self.library.kv["kv_state_remove_sequence"](self.cache, sequence)
+
+    def fork_sequence(self, parent: int, child: int, position: int = -1) -> None:
+        """`child` continues `parent` after its first `position` tokens (-1: all)."""
+        self.library.kv["kv_state_fork_sequence"](self.cache, parent, child, position)
+
+    def pop(self, sequence: int, count: int) -> None:
+        """Forget the last `count` tokens."""
+        self.library.kv["kv_state_popn"](self.cache, sequence, count)
+
+    def _forward(self, name: str, sequences: Sequence[int], lengths: Sequence[int], *args: Any) -> Any:
+        lib = self.library
+        lib.kv["kv_state_begin_forward"](self.cache, lib.shape(*sequences), lib.shape(*lengths))
+        out = lib.vm[name](*args, self.cache, self.params)
+        lib.kv["kv_state_end_forward"](self.cache)
+        return out[0]
+
+    def prefill(self, sequence: int, tokens: Sequence[int]) -> Logits:
+        """Logits [vocab] after the last of `tokens`, fed in chunks."""
+        if not tokens:
+            raise InputError("an empty prompt has no logits", hint="give at least one token")
+        logits = None
+        for start in range(0, len(tokens), self.chunk):
+            part = tokens[start : start + self.chunk]
+            ids = self.library.tensor(np.asarray(part, np.int32))
+            logits = self._forward("prefill_tokens", [sequence], [len(part)], ids)
+        assert logits is not None
+        return np.asarray(logits.numpy()).reshape(-1)
+
+    def decode(self, sequence: int, token: int) -> Logits:
+        """Logits [vocab] after one more token."""
+        ids = self.library.tensor(np.asarray([token], np.int32))
+        return np.asarray(self._forward("decode_tokens", [sequence], [1], ids).numpy()).reshape(-1)
+
+    def embed(self, tokens: Sequence[int]) -> Any:
+        """Embeddings dt[n, hidden] as a device tensor."""
+        ids = self.library.tensor(np.asarray(tokens, np.int32))
+        return self.library.vm["embed"](ids, self.params)
+
+    def batch_prefill(self, parts: Mapping[int, Sequence[int]]) -> Logits:
+        """Logits [b, vocab] after the last token of each sequence's part, in one ragged call."""
+        lengths = [len(part) for part in parts.values()]
+        tokens = [token for part in parts.values() for token in part]
+        x = self.embed(tokens)
+        x = x._create_view([1, *x.shape])
+        at = self.library.tensor(np.cumsum(lengths).astype(np.int32) - 1)
+        out = self._forward("batch_prefill", list(parts), lengths, x, at)
+        return np.asarray(out.numpy())[0]
+
+    def batch_decode(self, tokens: Mapping[int, int]) -> Logits:
+        """Logits [b, vocab] after one more token of each sequence."""
+        x = self.embed(list(tokens.values()))
+        x = x._create_view([x.shape[0], 1, x.shape[1]])
+        out = self._forward("batch_decode", list(tokens), [1] * len(tokens), x)
+        return np.asarray(out.numpy())[:, 0]
+
+    def verify_tokens(self, sequence: int, tokens: Sequence[int]) -> Logits:
+        """Logits [n, vocab] after every one of `tokens` (at most a chunk)."""
+        x = self.embed(tokens)
+        x = x._create_view([1, *x.shape])
+        return np.asarray(self._forward("batch_verify", [sequence], [len(tokens)], x).numpy())[0]
+
+    def generate(
+        self,
+        prompt: Sequence[int],
+        *,
+        max_tokens: int,
+        stop: Callable[[int], bool],
+        choose: Callable[[Logits], int],
+        sequence: int = 0,
+    ) -> Iterator[int]:
+        """Tokens one by one until `stop`, `max_tokens` or the end of the context."""
+        room = self.context - len(prompt)
+        if room <= 0:
+            raise InputError(
+                f"the prompt has {len(prompt)} tokens and the context window holds {self.context}",
+                hint="shorten the prompt or compile with a larger --context-window-size",
+            )
+        self.add_sequence(sequence)
+        try:
+            logits = self.prefill(sequence, prompt)
+            for _ in range(min(max_tokens, room)):
+                token = choose(logits)
+                if stop(token):
+                    return
+                yield token
+                logits = self.decode(sequence, token)
+        finally:
+            self.remove_sequence(sequence)

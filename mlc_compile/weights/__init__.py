@@ -1,0 +1,1 @@
+"""Checkpoints in, parameters out: readers, the conversion loop, the tensor cache, tokenizers."""

@@ -1,0 +1,133 @@
+"""The cpu target: LLVM code for this machine (or a named CPU) in a shared library."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tvm.target import Target, codegen
+from tvm.tirx import PrimFunc
+
+from mlc_compile.errors import EnvironmentLacksError, InputError
+from mlc_compile.targets.cpu_kernels import attention, elementwise, embedding, linear, sampling
+from mlc_compile.targets.kernels import EmbeddingSpec, LinearSpec
+
+# Loops are cut for this many threads; the runtime's pool uses as many as the machine has. A constant, so
+# that the library does not depend on the machine that compiled it.
+PARALLEL_GRAIN = 8
+
+
+class CPUKernels:
+    """`targets.kernels.Kernels` written for LLVM; vectors as wide as the CPU's registers."""
+
+    def __init__(self, vector_bits: int) -> None:
+        self.vector_bits = vector_bits
+
+    def linear(self, spec: LinearSpec) -> PrimFunc | None:
+        scheme = None if spec.scheme is None else replace(spec.scheme, layout=spec.layout)
+        wanted = linear.LinearSpec(
+            spec.in_features,
+            spec.out_features,
+            scheme,
+            spec.x_dtype,
+            spec.out_dtype,
+            spec.has_bias,
+            spec.rows,
+            spec.weight_dtype if scheme is None else None,
+        )
+        return linear.linear_kernel(
+            wanted, vector_bits=self.vector_bits, num_cores=PARALLEL_GRAIN
+        )
+
+    def embedding(self, spec: EmbeddingSpec) -> PrimFunc | None:
+        wanted = embedding.EmbeddingSpec(
+            spec.vocab_size, spec.hidden_size, spec.scheme, spec.dtype, spec.rows
+        )
+        return embedding.embedding_kernel(wanted, vector_bits=self.vector_bits)
+
+    def rms_norm(self, size: int, eps: float, dtype: str, rows: int | None) -> PrimFunc | None:
+        return elementwise.rms_norm(size, dtype, eps, rows, self.vector_bits)
+
+    def add_rms_norm(self, size: int, eps: float, dtype: str, rows: int | None) -> PrimFunc | None:
+        return elementwise.add_rms_norm(size, dtype, eps, rows, self.vector_bits)
+
+    def qk_norm(
+        self, heads: tuple[int, int, int], eps: float, dtype: str, rows: int | None
+    ) -> PrimFunc | None:
+        return elementwise.qk_norm(*heads, dtype, eps, rows, self.vector_bits)
+
+    def gated(self, activation: str, size: int, dtype: str, rows: int | None) -> PrimFunc | None:
+        return elementwise.gated_activation(activation, size, dtype, rows, self.vector_bits)
+
+    def add(self, size: int, dtype: str, rows: int | None) -> PrimFunc | None:
+        return elementwise.add(size, dtype, rows, self.vector_bits)
+
+
+class CPUBackend:
+    """`targets.profile.Backend` of the cpu target."""
+
+    def tvm_target(self, variant: str | None) -> Target:
+        cpu = variant or str(codegen.llvm_get_system_cpu())
+        target = Target({"kind": "llvm", "mcpu": cpu})
+        if not codegen.llvm_is_valid_cpu(cpu, str(codegen.llvm_get_system_triple())):
+            known = ", ".join(sorted(map(str, codegen.llvm_get_cpu_archlist(target)))[:60])
+            raise InputError(f"--target cpu:{cpu}: LLVM knows no such CPU", hint=f"some are: {known}")
+        return target
+
+    def kernels(self, target: Target) -> CPUKernels:
+        return CPUKernels(int(codegen.llvm_get_vector_width(target)))
+
+    def kv_cache_kernels(self, target: Target) -> Any:
+        bits = int(codegen.llvm_get_vector_width(target))
+        return partial(attention.cpu_kv_cache_kernels, vector_bits=bits)
+
+    def sampling_kernels(self, target: Target) -> Any:
+        return sampling.CPUSamplingKernels(int(codegen.llvm_get_vector_width(target)))
+
+    def check_environment(self) -> None:
+        linker()
+
+    def export(self, executable: Any, output: Path) -> None:
+        executable.export_library(str(output), cc=None, fcompile=_link)
+
+
+def linker() -> list[str]:
+    """The command that links a shared library: a C compiler on the PATH, else PyPI's ziglang.
+
+    Raises:
+        EnvironmentLacksError: neither is there.
+    """
+    for name in ("cc", "gcc", "clang"):
+        path = shutil.which(name)
+        if path is not None:
+            return [path]
+    try:
+        import ziglang  # noqa: F401  (its presence is all that is asked)
+    except ImportError:
+        raise EnvironmentLacksError(
+            "no linker for shared libraries: neither cc, gcc nor clang is on the PATH",
+            hint="install a C compiler, or `pip install ziglang`",
+        ) from None
+    return [sys.executable, "-m", "ziglang", "cc"]
+
+
+def _link(output: str, objects: list[str], options: Any = None, **_: Any) -> None:
+    """Link objects into a shared library without build ids or paths, so that the bytes are reproducible."""
+    import subprocess
+
+    flags = ["-shared", "-fPIC", "-o", output]
+    if sys.platform.startswith("linux"):
+        flags += ["-Wl,--build-id=none", "-Wl,-s"]
+    run = subprocess.run([*linker(), *flags, *objects], capture_output=True, text=True, check=False)
+    if run.returncode != 0:
+        raise EnvironmentLacksError(f"linking {output} failed: {run.stderr.strip()[-2000:]}")
+
+
+_link.output_format = "so"  # type: ignore[attr-defined]
+_link.object_format = "o"  # type: ignore[attr-defined]
+
+BACKEND = CPUBackend()

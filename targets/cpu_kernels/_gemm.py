@@ -1,0 +1,270 @@
+"""Many rows times a weight: dequantise a tile of columns once, then multiply it with all rows.
+
+- x is first rewritten as float32 panels of a few rows, so that a tile reads one contiguous stream.
+- Each task takes `width` output columns: it dequantises (or converts) their weights into a float32 scratch
+  [K, width] that stays in the core's own cache, transposing in registers, then runs over the panels.
+- The micro-kernel keeps a block of rows x vectors of the output in registers. Rows that do not fill a panel go
+  through smaller blocks of the same code, so 2 rows don't cost 8.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from mlc_compile.quantization.scheme import QuantScheme
+from mlc_compile.targets.cpu_kernels import _vector as vec
+from mlc_compile.targets.cpu_kernels._gemv import block_start
+from mlc_compile.targets.cpu_kernels._packed import unpack
+from mlc_compile.targets.cpu_kernels._vector import Buffer, Expr
+from tvm import tirx
+from tvm.tirx.script.builder import ir as T
+
+F32 = "float32"
+STEP = 4  # elements of K per step of the micro-kernel
+PANELS_ON_ONE_CORE = 2  # waking the other cores costs more than packing this many panels
+
+
+class Blocking(NamedTuple):
+    """rows x vectors of the output live in registers; lanes are float32 elements of a vector."""
+
+    rows: int
+    vectors: int
+    lanes: int
+
+    @property
+    def width(self) -> int:
+        return self.vectors * self.lanes
+
+
+def blocking(n: int, vector_bits: int) -> Blocking:
+    """Sized for the registers: 32 with AVX-512, else 16 (SSE, AVX2; NEON has 32, which then stay unused)."""
+    rows, vectors = (8, 3) if vector_bits >= 512 else (4, 3)
+    lanes = min(vector_bits // 32, vec.power_of_two(n))
+    return Blocking(rows, min(vectors, n // lanes), lanes)
+
+
+def _pack_panel(
+    x: Buffer, panels: Buffer, panel: Expr, n: Expr, k: int, padded: int, rows: int, lanes: int
+) -> None:
+    """x[panel * rows :, :] as float32 in the order [K / STEP][rows][STEP]; missing rows stay as they are."""
+    base = vec.bind(panel * vec.i64(padded * rows))
+
+    def put(at: Expr, r: Expr, value: Expr, width: int, lane: int = 0) -> None:
+        step = base + at * vec.i64(rows)
+        vec.store(panels, [step + r * vec.i64(STEP) + vec.i64(lane)], value, width)
+
+    with vec.serial(rows) as r:
+        row = vec.bind(panel * vec.i64(rows) + r)
+        with T.If(row < n), T.Then():
+            if k >= lanes:
+                with vec.serial(k // lanes) as i:
+                    at = vec.bind(i * vec.i64(lanes))
+                    value = vec.bind(vec.load_float(x, [row, at], lanes))
+                    for part in range(0, lanes, STEP):
+                        quarter = (
+                            value
+                            if lanes == STEP
+                            else vec.shuffle([value], range(part, part + STEP))
+                        )
+                        put(at + vec.i64(part), r, quarter, STEP)
+            for at in range(k - k % lanes, padded, STEP):
+                if at + STEP <= k:
+                    put(vec.i64(at), r, vec.load_float(x, [row, at], STEP), STEP)
+                    continue
+                put(vec.i64(at), r, vec.const(0.0, F32, STEP), STEP)
+                for i in range(at, k):
+                    value = vec.load_float(x, [row, i], 1)
+                    put(
+                        vec.i64(at), r * vec.i64(1) + vec.i64(0), value, 1
+                    ) if i == at else vec.store(
+                        panels, [base + vec.i64(at * rows + i - at) + r * vec.i64(STEP)], value, 1
+                    )
+
+
+def _tile_packed_nk(
+    q_weight: Buffer,
+    q_scale: Buffer,
+    tile: Buffer,
+    column: Expr,
+    k: int,
+    scheme: QuantScheme,
+    block: Blocking,
+) -> None:
+    lanes, per_word, per_group = block.lanes, scheme.elems_per_word, scheme.words_per_group
+    words = scheme.num_words(k)
+
+    with vec.serial(block.vectors) as v:
+        first = vec.bind(column + v * vec.i64(lanes))
+        offset = vec.bind(v * vec.i64(lanes))
+
+        def emit(word: Expr, vectors: list[Expr]) -> None:
+            """Store the elements of consecutive words, given as vectors along N, from `word` on."""
+            for i, value in enumerate(vectors):
+                if i % per_group == 0:
+                    group = tirx.floordiv(word + vec.i64(i), vec.i64(per_group))
+                    scale = vec.bind(vec.load_float_rows(q_scale, first, group, lanes))
+                    scales: dict[int, Expr] = {}
+                for field, weight in unpack(value, scheme, lanes):
+                    if field.position not in scales:
+                        factor = vec.const(field.descale, F32, lanes)
+                        scales[field.position] = vec.bind(scale * factor)
+                    at = (word + vec.i64(i)) * vec.i64(per_word) + vec.i64(field.element)
+                    vec.store(tile, [at, offset], weight * scales[field.position], lanes)
+
+        def square(word: Expr) -> list[Expr]:
+            rows = [
+                vec.bind(vec.load(q_weight, [first + vec.i64(r), word], lanes))
+                for r in range(lanes)
+            ]
+            return vec.transpose(rows, lanes)
+
+        # Squares begin at a group, so that the scale is constant over runs of words.
+        if lanes % per_group == 0 and words >= lanes:
+            with vec.serial(words // lanes) as chunk:
+                word = vec.bind(chunk * vec.i64(lanes))
+                emit(word, square(word))
+            left = words % lanes
+            if left:
+                emit(vec.i64(words - left), square(vec.i64(words - lanes))[lanes - left :])
+        else:
+            with vec.serial(words // per_group) as group:
+                word = vec.bind(group * vec.i64(per_group))
+                emit(
+                    word,
+                    [
+                        vec.load_rows(q_weight, first, word + vec.i64(i), lanes)
+                        for i in range(per_group)
+                    ],
+                )
+
+
+def _tile_packed_kn(
+    q_weight: Buffer,
+    q_scale: Buffer,
+    tile: Buffer,
+    column: Expr,
+    k: int,
+    scheme: QuantScheme,
+    block: Blocking,
+) -> None:
+    lanes, per_word, per_group = block.lanes, scheme.elems_per_word, scheme.words_per_group
+    with vec.serial(scheme.num_groups(k)) as group, vec.serial(block.vectors) as v:
+        offset = vec.bind(v * vec.i64(lanes))
+        scale = vec.bind(vec.load_float(q_scale, [group, column + offset], lanes))
+        with vec.serial(per_group) as w:
+            word = vec.bind(group * vec.i64(per_group) + w)
+            words = vec.load(q_weight, [word, column + offset], lanes)
+            for field, weight in unpack(words, scheme, lanes):
+                scaled = weight * (scale * vec.const(field.descale, F32, lanes))
+                at = word * vec.i64(per_word) + vec.i64(field.element)
+                vec.store(tile, [at, offset], scaled, lanes)
+
+
+def _tile_plain_nk(
+    weight: Buffer, tile: Buffer, column: Expr, k: int, padded: int, block: Blocking
+) -> None:
+    lanes = block.lanes
+    with vec.serial(block.vectors) as v:
+        first = vec.bind(column + v * vec.i64(lanes))
+        offset = vec.bind(v * vec.i64(lanes))
+        if k >= lanes:
+            with vec.serial(k // lanes) as chunk:
+                at = vec.bind(chunk * vec.i64(lanes))
+                rows = [
+                    vec.bind(vec.load_float(weight, [first + vec.i64(r), at], lanes))
+                    for r in range(lanes)
+                ]
+                for i, value in enumerate(vec.transpose(rows, lanes)):
+                    vec.store(tile, [at + vec.i64(i), offset], value, lanes)
+        if k % lanes:
+            with vec.serial(k % lanes) as i:
+                at = vec.bind(i + vec.i64(k - k % lanes))
+                value = vec.load_float_rows(weight, first, at, lanes)
+                vec.store(tile, [at, offset], value, lanes)
+        if padded > k:
+            with vec.serial(padded - k) as i:
+                vec.store(tile, [i + vec.i64(k), offset], vec.const(0.0, F32, lanes), lanes)
+
+
+def gemm(
+    x: Buffer,
+    weight: tuple[Buffer, ...],
+    bias: Buffer | None,
+    out: Buffer,
+    *,
+    n_rows: Expr,
+    shape: tuple[int, int],
+    scheme: QuantScheme | None,
+    vector_bits: int,
+    num_cores: int,
+) -> None:
+    """x [n, K] times the weight (q_weight, q_scale or plain [N, K]) -> out [n, N]; shape is (N, K)."""
+    n, k = shape
+    block = blocking(n, vector_bits)
+    lanes, rows, width = block.lanes, block.rows, block.width
+    padded = k if scheme is None else scheme.num_words(k) * scheme.elems_per_word
+    padded = -(-padded // STEP) * STEP
+    x_lanes = max(STEP, vector_bits // 32)
+
+    count = vec.bind(tirx.floordiv(n_rows + vec.i64(rows - 1), vec.i64(rows)))
+    panels = vec.buffer((count * vec.i64(padded * rows),), F32)
+    with T.If(count <= vec.i64(PANELS_ON_ONE_CORE)):
+        with T.Then(), vec.serial(count) as panel:
+            _pack_panel(x, panels, panel, n_rows, k, padded, rows, x_lanes)
+        with T.Else(), vec.parallel(count) as panel:
+            _pack_panel(x, panels, panel, n_rows, k, padded, rows, x_lanes)
+
+    with vec.parallel(-(-n // width)) as task:
+        column = block_start(task, width, n)
+        tile = vec.buffer((padded, width), F32)
+        if scheme is None:
+            _tile_plain_nk(weight[0], tile, column, k, padded, block)
+        elif scheme.layout == "NK":
+            _tile_packed_nk(weight[0], weight[1], tile, column, k, scheme, block)
+        else:
+            _tile_packed_kn(weight[0], weight[1], tile, column, k, scheme, block)
+
+        def multiply(panel: Expr, height: int) -> None:
+            """The first `height` rows of a panel times the tile."""
+            sums = [vec.accumulators(block.vectors, lanes) for _ in range(height)]
+            for v in range(block.vectors):
+                first = vec.const(0.0, F32, lanes)
+                if bias is not None:
+                    at = column + vec.i64(v * lanes)
+                    first = vec.bind(vec.load_float(bias, [at], lanes))
+                for per_row in sums:
+                    vec.put(per_row[v], first, lanes)
+            base = vec.bind(panel * vec.i64(padded * rows))
+            with vec.serial(padded // STEP) as step:
+                for i in range(STEP):
+                    columns = [
+                        vec.bind(
+                            vec.load(tile, [step * vec.i64(STEP) + vec.i64(i), v * lanes], lanes)
+                        )
+                        for v in range(block.vectors)
+                    ]
+                    for r, per_row in enumerate(sums):
+                        at = base + step * vec.i64(STEP * rows) + vec.i64(r * STEP + i)
+                        activation = vec.bind(vec.splat(vec.load(panels, [at], 1), lanes))
+                        for total, value in zip(per_row, columns, strict=True):
+                            vec.put(total, vec.get(total, lanes) + activation * value, lanes)
+            for r, per_row in enumerate(sums):
+                row = vec.bind(panel * vec.i64(rows) + vec.i64(r))
+                with T.If(row < n_rows), T.Then():
+                    for v, total in enumerate(per_row):
+                        at = column + vec.i64(v * lanes)
+                        vec.store_float(out, [row, at], vec.get(total, lanes), lanes)
+
+        # A last panel that is at most half full goes through a smaller block.
+        heights = [h for h in (rows // 2, rows // 4) if h]
+        full = vec.bind(
+            tirx.floordiv(n_rows + vec.i64(rows - 1 - heights[0]), vec.i64(rows))
+            if heights
+            else count
+        )
+        with vec.serial(full) as panel:
+            multiply(panel, rows)
+        left = vec.bind(n_rows - full * vec.i64(rows))
+        for height, smaller in zip(heights, [*heights[1:], 0], strict=True):
+            with T.If(tirx.all(left > vec.i64(smaller), left <= vec.i64(height))), T.Then():
+                multiply(full, height)

@@ -1,0 +1,315 @@
+"""Every registered architecture against the real class in transformers: names, shapes, order."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlc_compile.config import read_json_strict
+from mlc_compile.models import (
+    ARCHITECTURES,
+    BARE_DECODER,
+    HF_DECODER,
+    Architecture,
+    GroupedQuery,
+    Model,
+    NameTable,
+    load_model,
+    num_parameters,
+)
+
+needs_transformers = pytest.mark.skipif(
+    importlib.util.find_spec("transformers") is None, reason="transformers is an optional extra"
+)
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 16,  # not 48 / 6, so that no rule can hide behind the division
+    "vocab_size": 97,
+    "max_position_embeddings": 128,
+}
+
+
+def config_of(architecture: Architecture, **more: Any) -> dict[str, Any]:
+    """A config.json without transformers; the keys every type has."""
+    return {"model_type": architecture.name, "rms_norm_eps": 1e-5, **SIZES, **more}
+
+
+def bias_keys(architecture: Architecture) -> list[str]:
+    options = (
+        architecture.attention.qkv_bias,
+        architecture.attention.out_bias,
+        architecture.mlp.bias,
+    )
+    return sorted({option for option in options if isinstance(option, str)})
+
+
+@needs_transformers
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize(
+    ("architecture", "biased"),
+    [
+        pytest.param(architecture, biased, id=f"{name}-biased" if biased else name)
+        for name, architecture in ARCHITECTURES.items()
+        for biased in ((False, True) if bias_keys(architecture) else (False,))
+    ],
+)
+def test_parameters_cover_the_real_checkpoint(
+    architecture: Architecture, tied: bool, biased: bool, tmp_path: Path
+) -> None:
+    import torch
+    import transformers
+
+    keys = bias_keys(architecture)
+    settings = {**SIZES, "tie_word_embeddings": tied, **dict.fromkeys(keys, biased)}
+    reference = transformers.AutoConfig.for_model(architecture.name, **settings)
+    with torch.device("meta"):
+        network = transformers.AutoModelForCausalLM.from_config(reference)
+    assert type(network).__name__ in architecture.hf_classes
+    reference.architectures = [type(network).__name__]
+    reference.save_pretrained(tmp_path)
+
+    path = tmp_path / "config.json"
+    model = load_model(read_json_strict(path), where=str(path))
+    state = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    patterns = model.ignorable_tensors()
+    needed = {n: s for n, s in state.items() if not any(p.fullmatch(n) for p in patterns)}
+    assert tied == ("lm_head.weight" not in needed)
+
+    used: list[str] = []
+    for spec in model.parameters():
+        shapes = [needed[source] for source in spec.sources]
+        if spec.combine == "identity":
+            assert shapes == [spec.shape], spec
+        else:
+            rows = sum(shape[0] for shape in shapes)
+            assert {shape[1:] for shape in shapes} == {spec.shape[1:]}, spec
+            assert rows == spec.shape[0], spec
+        used += spec.sources
+    assert sorted(used) == sorted(needed), "every tensor is used exactly once"
+    assert num_parameters(model) == sum(p.numel() for p in network.parameters())
+    # The numbers, too, are those that transformers resolved.
+    for key in ("hidden_size", "num_key_value_heads", "head_dim", "vocab_size"):
+        assert getattr(model.config, key) == SIZES[key]
+    assert model.config.norm_eps == reference.rms_norm_eps
+    assert model.config.sliding_window == getattr(reference, "sliding_window", None)
+    assert model.config.rope.theta == reference.rope_parameters["rope_theta"]
+
+
+@needs_transformers
+@pytest.mark.parametrize("architecture", ARCHITECTURES.values(), ids=ARCHITECTURES)
+def test_absent_keys_mean_what_transformers_takes(architecture: Architecture) -> None:
+    """A config.json may leave these out; the class's own default then counts."""
+    import transformers
+
+    optional = ("num_key_value_heads", "head_dim", "sliding_window", "tie_word_embeddings")
+    sizes = {key: value for key, value in SIZES.items() if key not in optional}
+    sizes.update(hidden_size=128, num_attention_heads=32)
+    reference = transformers.AutoConfig.for_model(architecture.name, **sizes)
+    raw = {"model_type": architecture.name, "rms_norm_eps": 1e-6, **sizes}
+    config = load_model(raw, where="test").config
+    for key in ("num_key_value_heads", "tie_word_embeddings", "rms_norm_eps"):
+        ours = config.norm_eps if key == "rms_norm_eps" else getattr(config, key)
+        assert ours == getattr(reference, key), key
+    assert config.head_dim == getattr(reference, "head_dim", 128 // 32)
+    assert config.sliding_window == getattr(reference, "sliding_window", None)
+    assert config.rope.theta == reference.rope_parameters["rope_theta"]
+
+
+ROPE_SETTINGS: list[dict[str, Any]] = [
+    {"rope_type": "linear", "factor": 2.0},
+    {"rope_type": "dynamic", "factor": 2.0},
+    {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64},
+    {
+        "rope_type": "llama3",
+        "factor": 2.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    },
+    {
+        "rope_type": "longrope",
+        "short_factor": [1.0] * 8,
+        "long_factor": [2.0] * 8,
+        "original_max_position_embeddings": 64,
+    },
+]
+
+
+@needs_transformers
+@pytest.mark.parametrize("settings", ROPE_SETTINGS, ids=lambda s: str(s["rope_type"]))
+@pytest.mark.parametrize("architecture", ARCHITECTURES.values(), ids=ARCHITECTURES)
+def test_saved_rope_settings_are_read(
+    architecture: Architecture, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """What transformers 5 writes, given either spelling, reads as the old spelling does."""
+    import transformers
+
+    old = {"rope_theta": 5e5, "rope_scaling": dict(settings)}
+    new = {"rope_parameters": {**settings, "rope_theta": 5e5}}
+    expected = load_model(config_of(architecture, **old), where="test").config.rope
+    assert (expected.kind, expected.theta) == (settings["rope_type"], 5e5)
+    for number, spelling in enumerate((old, new)):
+        folder = tmp_path / str(number)
+        transformers.AutoConfig.for_model(
+            architecture.name, **SIZES, **copy.deepcopy(spelling)
+        ).save_pretrained(folder)
+        raw = read_json_strict(folder / "config.json")
+        assert load_model(raw, where="test").config.rope == expected
+
+
+@needs_transformers
+@pytest.mark.parametrize("name", ["qwen2", "qwen3"])
+@pytest.mark.parametrize(("first", "window"), [(0, 32), (2, None)])
+def test_saved_windows_are_read(name: str, first: int, window: int | None, tmp_path: Path) -> None:
+    import transformers
+
+    transformers.AutoConfig.for_model(
+        name, **SIZES, use_sliding_window=True, sliding_window=32, max_window_layers=first
+    ).save_pretrained(tmp_path)
+    raw = read_json_strict(tmp_path / "config.json")
+    assert load_model(raw, where="test").config.sliding_window == window
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES.values(), ids=ARCHITECTURES)
+def test_order_and_names_are_the_contract(architecture: Architecture) -> None:
+    keys = bias_keys(architecture)
+    model = load_model(config_of(architecture, **dict.fromkeys(keys, True)), where="test")
+    attention, mlp = model.arch.attention, model.arch.mlp
+    layer = [
+        "input_layernorm.weight",
+        "self_attn.qkv_proj.weight",
+        *(["self_attn.qkv_proj.bias"] if attention.qkv_bias else []),
+        *(["self_attn.q_norm.weight", "self_attn.k_norm.weight"] if attention.qk_norm else []),
+        "self_attn.o_proj.weight",
+        *(["self_attn.o_proj.bias"] if attention.out_bias else []),
+        "post_attention_layernorm.weight",
+        "mlp.gate_up_proj.weight",
+        *(["mlp.gate_up_proj.bias"] if mlp.bias else []),
+        "mlp.down_proj.weight",
+        *(["mlp.down_proj.bias"] if mlp.bias else []),
+    ]
+    assert [spec.name for spec in model.parameters()] == [
+        "model.embed_tokens.weight",
+        *(f"model.layers.{i}.{name}" for i in range(2) for name in layer),
+        "model.norm.weight",
+        "lm_head.weight",
+    ]
+    assert len({spec.name for spec in model.parameters()}) == len(model.parameters())
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES.values(), ids=ARCHITECTURES)
+def test_shapes_and_roles(architecture: Architecture) -> None:
+    model = load_model(config_of(architecture), where="test")
+    specs = {spec.name: spec for spec in model.parameters()}
+    qkv = specs["model.layers.1.self_attn.qkv_proj.weight"]
+    assert (qkv.shape, qkv.role, qkv.combine) == (((6 + 2 * 2) * 16, 48), "linear", "concat")
+    scope = "model.layers.1.self_attn"
+    assert qkv.sources == tuple(f"{scope}.{x}_proj.weight" for x in "qkv")
+    gate_up = specs["model.layers.0.mlp.gate_up_proj.weight"]
+    assert gate_up.shape == (160, 48)
+    assert [source.split(".")[-2] for source in gate_up.sources] == ["gate_proj", "up_proj"]
+    assert specs["model.layers.0.self_attn.o_proj.weight"].shape == (48, 96)
+    assert specs["model.layers.0.mlp.down_proj.weight"].shape == (48, 80)
+    assert specs["model.embed_tokens.weight"].role == "embedding"
+    assert specs["lm_head.weight"].role == "lm_head"
+    for spec in specs.values():
+        assert spec.name.endswith(".bias") == (spec.role == "bias")
+        assert ("norm" in spec.name) == (spec.role == "norm")
+        assert (len(spec.sources) > 1) == (spec.combine == "concat")
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES.values(), ids=ARCHITECTURES)
+def test_names_without_prefix(architecture: Architecture) -> None:
+    model = load_model(config_of(architecture, tie_word_embeddings=True), where="test")
+    bare = model.for_tensors({"embed_tokens.weight": None, "layers.0.input_layernorm.weight": None})
+    assert bare.names == BARE_DECODER
+    for before, after in zip(model.parameters(), bare.parameters(), strict=True):
+        assert after.sources == tuple(s.removeprefix("model.") for s in before.sources)
+        assert dataclasses.replace(after, sources=before.sources) == before
+    assert bare.for_tensors(["model.embed_tokens.weight"]).names == HF_DECODER
+    assert bare.for_tensors([]) is bare, "nothing fits: unchanged"
+
+
+def test_a_name_table_is_data() -> None:
+    """A checkpoint with fused projections needs a table and no code."""
+    fused = NameTable(qkv=("self_attn.qkv_proj",), gate_up=("mlp.gate_up_proj",))
+    model = load_model(config_of(ARCHITECTURES["llama"]), where="test")
+    fused_model = dataclasses.replace(model, names=fused)
+    specs = {spec.name: spec for spec in fused_model.parameters()}
+    for name in (
+        "model.layers.0.self_attn.qkv_proj.weight",
+        "model.layers.0.mlp.gate_up_proj.weight",
+    ):
+        assert (specs[name].combine, specs[name].sources) == ("identity", (name,))
+    assert num_parameters(fused_model) == num_parameters(model)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "tied", "ignorable"),
+    [
+        ("model.layers.3.self_attn.rotary_emb.inv_freq", False, True),
+        ("model.rotary_emb.inv_freq", False, True),
+        ("rotary_emb.inv_freq", False, True),
+        ("lm_head.weight", True, True),
+        ("lm_head.weight", False, False),
+        ("lm_head.bias", True, False),
+        ("model.layers.0.self_attn.q_proj.weight", True, False),
+        ("model.layers.0.self_attn.rotary_emb.inv_freq.weight", False, False),
+        ("my_rotary_emb.inv_freq", False, False),
+    ],
+)
+def test_ignorable_tensors(tensor: str, tied: bool, ignorable: bool) -> None:
+    config = config_of(ARCHITECTURES["llama"], tie_word_embeddings=tied)
+    patterns = load_model(config, where="test").ignorable_tensors()
+    assert any(pattern.fullmatch(tensor) for pattern in patterns) == ignorable
+
+
+def test_a_declaration_can_be_replaced() -> None:
+    """New architectures are data: a changed option changes the parameters, and nothing else."""
+    model = load_model(config_of(ARCHITECTURES["llama"]), where="test")
+    variant = dataclasses.replace(
+        model.arch, name="variant", attention=GroupedQuery(qkv_bias=True, qk_norm=True)
+    )
+    names = {spec.name for spec in model.parameters()}
+    changed = {spec.name for spec in dataclasses.replace(model, arch=variant).parameters()}
+    assert names < changed
+    assert {name.split(".", 3)[3] for name in changed - names} == {
+        "self_attn.qkv_proj.bias",
+        "self_attn.q_norm.weight",
+        "self_attn.k_norm.weight",
+    }
+    assert variant != model.arch
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        variant.name = "other"  # type: ignore[misc]
+
+
+def test_declared_options_name_keys_and_resolved_ones_do_not() -> None:
+    llama = ARCHITECTURES["llama"]
+    assert llama.attention.qkv_bias == "attention_bias"
+    model = load_model(config_of(llama, attention_bias=True), where="test")
+    assert model.arch.attention == GroupedQuery(qkv_bias=True, out_bias=True)
+    assert model.arch.mlp.bias is False
+    unresolved = Model(arch=llama, config=model.config)
+    with pytest.raises(ValueError, match="'attention_bias' is not resolved"):
+        unresolved.parameters()
+
+
+def test_registry() -> None:
+    assert list(ARCHITECTURES) == ["llama", "mistral", "qwen2", "qwen3"]
+    for name, architecture in ARCHITECTURES.items():
+        assert architecture.name == name
+        summary = architecture.summary()
+        assert name in summary and architecture.label in summary and "\n" not in summary
+        assert all(cls in summary for cls in architecture.hf_classes)
+    with pytest.raises(TypeError):
+        ARCHITECTURES["x"] = ARCHITECTURES["llama"]  # type: ignore[index]

@@ -1,0 +1,280 @@
+"""The CPU's row kernels, through a built and loaded library, against numpy in float64."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from math import erf
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+import tvm
+from tvm import relax, tirx
+
+from mlc_compile.targets.cpu_kernels import _vector as vec
+from mlc_compile.targets.cpu_kernels import elementwise
+
+EPS = 1e-5
+HQ, HKV, HEAD_DIM = 3, 2, 64
+# 256 fills the vectors, 36 and 7 do not (narrower vectors follow).
+WIDTHS = (256, 36, 7)
+DTYPES = {
+    "float32": (np.dtype(np.float32), 2e-6),
+    "float16": (np.dtype(np.float16), 2.0**-10),
+    "bfloat16": (np.dtype(ml_dtypes.bfloat16), 2.0**-7),
+}
+TARGET = tvm.target.Target({"kind": "llvm", "mcpu": "x86-64-v3"})
+ACTIVATION_REFERENCES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "silu": lambda x: x / (1 + np.exp(-x)),
+    "gelu": lambda x: 0.5 * x * (1 + np.vectorize(erf)(x / np.sqrt(2))),
+    "gelu_tanh": lambda x: 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))),
+    "relu": lambda x: np.maximum(x, 0),
+}
+ACTIVATION_REFERENCES["gelu_pytorch_tanh"] = ACTIVATION_REFERENCES["gelu_tanh"]
+
+
+def tensor_type(shape: Sequence[Any], dtype: str) -> relax.TensorType:
+    return relax.TensorType(list(shape), dtype)
+
+
+def add_function(
+    builder: relax.BlockBuilder,
+    name: str,
+    kernel: tirx.PrimFunc,
+    inputs: Sequence[tuple[Sequence[Any], str]],
+    outputs: Sequence[tuple[Sequence[Any], str]],
+) -> None:
+    arguments = [relax.Var(f"x{i}", tensor_type(*spec)) for i, spec in enumerate(inputs)]
+    out_types = [tensor_type(*spec) for spec in outputs]
+    with builder.function(name, arguments):
+        with builder.dataflow():
+            result = builder.emit_output(
+                relax.call_tir(
+                    builder.add_func(kernel, f"kernel_{name}"),
+                    arguments,
+                    out_ty=out_types if len(out_types) > 1 else out_types[0],
+                )
+            )
+        builder.emit_func_output(result)
+
+
+def load(module: tvm.IRModule, path: Path) -> relax.VirtualMachine:
+    relax.build(module, TARGET).export_library(str(path))
+    return relax.VirtualMachine(tvm.runtime.load_module(str(path)), tvm.cpu())
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], relax.VirtualMachine]:
+    """dtype -> a VM with every kernel, each width symbolic in n; `_1` is the one-row form."""
+
+    @functools.cache
+    def build(dtype: str) -> relax.VirtualMachine:
+        bb = relax.BlockBuilder()
+
+        def n(name: str = "n") -> tirx.Var:
+            return tirx.Var(name, "int64")
+
+        for h in WIDTHS:
+            for rows, suffix in ((None, ""), (1, "_1")):
+                if rows is not None and h != WIDTHS[0]:
+                    continue
+                r = rows or n()
+                x, w = ((r, h), dtype), ((h,), dtype)
+                kernel = elementwise.rms_norm(h, dtype, EPS, rows)
+                add_function(bb, f"rms_norm_{h}{suffix}", kernel, [x, w], [x])
+                r = rows or n()
+                x = ((r, h), dtype)
+                kernel = elementwise.add_rms_norm(h, dtype, EPS, rows)
+                add_function(bb, f"add_rms_norm_{h}{suffix}", kernel, [x, x, w], [x, x])
+            r = n()
+            x = ((r, h), dtype)
+            add_function(bb, f"add_{h}", elementwise.add(h, dtype), [x, x], [x])
+            x, b = ((n(), h), dtype), n("b")
+            kernel = elementwise.gather_rows(h, dtype)
+            add_function(bb, f"gather_{h}", kernel, [x, ((b,), "int32")], [((b, h), dtype)])
+            x = ((n(), h), dtype)
+            add_function(bb, f"last_{h}", elementwise.last_row(h, dtype), [x], [((1, h), dtype)])
+            for activation in elementwise.ACTIVATIONS if h == WIDTHS[0] else ("silu",):
+                r = n()
+                kernel = elementwise.gated_activation(activation, h, dtype)
+                spec = [((r, 2 * h), dtype)], [((r, h), dtype)]
+                add_function(bb, f"{activation}_{h}", kernel, *spec)
+        r = n()
+        x, w = ((r, HQ + 2 * HKV, HEAD_DIM), dtype), ((HEAD_DIM,), dtype)
+        kernel = elementwise.qk_norm(HQ, HKV, HEAD_DIM, dtype, EPS)
+        add_function(bb, "qk_norm", kernel, [x, w, w], [x])
+        return load(bb.get(), tmp_path_factory.mktemp("lib") / f"{dtype}.so")
+
+    return build
+
+
+def call(vm: relax.VirtualMachine, name: str, *arrays: np.ndarray) -> list[np.ndarray]:
+    result = vm[name](*(tvm.runtime.tensor(a) for a in arrays))
+    return [result.numpy()] if hasattr(result, "numpy") else [r.numpy() for r in result]
+
+
+def wide(a: np.ndarray) -> np.ndarray:
+    return a.astype(np.float64)
+
+
+def reference_norm(x: np.ndarray, w: np.ndarray) -> np.ndarray:
+    x = wide(x)
+    return x / np.sqrt((x * x).mean(-1, keepdims=True) + EPS) * wide(w)
+
+
+def random(dtype: str, *shape: int, scale: float = 1.0, seed: int = 0) -> np.ndarray:
+    values = np.random.default_rng(seed).standard_normal(shape) * scale
+    return values.astype(DTYPES[dtype][0])
+
+
+def assert_close(actual: np.ndarray, expected: np.ndarray, dtype: str) -> None:
+    numpy_dtype, tolerance = DTYPES[dtype]
+    assert actual.dtype == numpy_dtype
+    np.testing.assert_allclose(wide(actual), expected, rtol=tolerance, atol=tolerance * 1e-2)
+
+
+# 0 rows: an empty batch is legal. 300 rows of 256 take the parallel branch.
+@pytest.mark.parametrize("rows", [0, 1, 5, 300])
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rms_norm(library: Any, dtype: str, width: int, rows: int) -> None:
+    x, w = random(dtype, rows, width, scale=3), random(dtype, width, seed=1)
+    assert_close(*call(library(dtype), f"rms_norm_{width}", x, w), reference_norm(x, w), dtype)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 300])
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_add_rms_norm_equals_add_then_norm(library: Any, dtype: str, width: int, rows: int) -> None:
+    x, y = random(dtype, rows, width, scale=3), random(dtype, rows, width, seed=2)
+    w = random(dtype, width, seed=1)
+    normed, total = call(library(dtype), f"add_rms_norm_{width}", x, y, w)
+    expected = (wide(x) + wide(y)).astype(np.float32).astype(DTYPES[dtype][0])
+    np.testing.assert_array_equal(total, expected)
+    np.testing.assert_array_equal(*call(library(dtype), f"add_{width}", x, y), expected)
+    np.testing.assert_array_equal(normed, *call(library(dtype), f"rms_norm_{width}", expected, w))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_one_row_forms_equal_symbolic_ones(library: Any, dtype: str) -> None:
+    h = WIDTHS[0]
+    x, y, w = random(dtype, 1, h), random(dtype, 1, h, seed=2), random(dtype, h, seed=1)
+    for name, arguments in ((f"rms_norm_{h}", (x, w)), (f"add_rms_norm_{h}", (x, y, w))):
+        symbolic = call(library(dtype), name, *arguments)
+        fixed = call(library(dtype), f"{name}_1", *arguments)
+        for a, b in zip(symbolic, fixed, strict=True):
+            np.testing.assert_array_equal(a, b)
+    two_rows = random(dtype, 2, h)
+    with pytest.raises(Exception, match=r"rms_norm_256_1"):
+        call(library(dtype), f"rms_norm_{h}_1", two_rows, w)
+
+
+def test_rms_norm_epsilon_keeps_a_zero_row_finite(library: Any) -> None:
+    x, w = np.zeros((2, 256), np.float32), np.ones(256, np.float32)
+    np.testing.assert_array_equal(*call(library("float32"), "rms_norm_256", x, w), x)
+
+
+def test_float16_squares_do_not_overflow(library: Any) -> None:
+    x, w = np.full((1, 256), 3000, np.float16), np.ones(256, np.float16)
+    (out,) = call(library("float16"), "rms_norm_256", x, w)
+    np.testing.assert_array_equal(out, np.ones_like(x))
+
+
+@pytest.mark.parametrize("rows", [1, 200])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_qk_norm(library: Any, dtype: str, rows: int) -> None:
+    x = random(dtype, rows, HQ + 2 * HKV, HEAD_DIM, scale=2)
+    q_weight, k_weight = random(dtype, HEAD_DIM, seed=1), random(dtype, HEAD_DIM, seed=2)
+    (out,) = call(library(dtype), "qk_norm", x, q_weight, k_weight)
+    assert_close(out[:, :HQ], reference_norm(x[:, :HQ], q_weight), dtype)
+    keys = slice(HQ, HQ + HKV)
+    assert_close(out[:, keys], reference_norm(x[:, keys], k_weight), dtype)
+    np.testing.assert_array_equal(out[:, HQ + HKV :], x[:, HQ + HKV :])
+
+
+@pytest.mark.parametrize("activation", elementwise.ACTIVATIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gated_activation(library: Any, dtype: str, activation: str) -> None:
+    width = WIDTHS[0]
+    for rows in (1, 80):
+        x = random(dtype, rows, 2 * width, scale=3)
+        expected = ACTIVATION_REFERENCES[activation](wide(x[:, :width])) * wide(x[:, width:])
+        assert_close(*call(library(dtype), f"{activation}_{width}", x), expected, dtype)
+
+
+@pytest.mark.parametrize("width", WIDTHS[1:])
+def test_gated_activation_of_odd_widths(library: Any, width: int) -> None:
+    x = random("float32", 3, 2 * width)
+    expected = ACTIVATION_REFERENCES["silu"](wide(x[:, :width])) * wide(x[:, width:])
+    assert_close(*call(library("float32"), f"silu_{width}", x), expected, "float32")
+
+
+@pytest.mark.parametrize("activation", elementwise.ACTIVATIONS)
+def test_activations_at_extremes(library: Any, activation: str) -> None:
+    """Large inputs saturate without NaN; a NaN comes through."""
+    width = WIDTHS[0]
+    x = np.ones((1, 2 * width), np.float32)
+    x[0, :4] = [1e4, -1e4, 90, np.nan]
+    (out,) = call(library("float32"), f"{activation}_{width}", x)
+    np.testing.assert_array_equal(out[0, :3], np.float32([1e4, 0, 90]))
+    assert np.isnan(out[0, 3])
+    assert np.isfinite(out[0, 4:]).all()
+
+
+def test_unknown_activation_is_refused() -> None:
+    with pytest.raises(KeyError, match="mish"):
+        elementwise.gated_activation("mish", 64, "float32")
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gathers(library: Any, dtype: str, width: int) -> None:
+    x = random(dtype, 9, width)
+    positions = np.int32([8, 0, 3, 3, 1])
+    np.testing.assert_array_equal(
+        *call(library(dtype), f"gather_{width}", x, positions), x[positions]
+    )
+    np.testing.assert_array_equal(*call(library(dtype), f"last_{width}", x), x[-1:])
+    np.testing.assert_array_equal(*call(library(dtype), f"last_{width}", x[:1]), x[:1])
+
+
+@pytest.fixture(scope="module")
+def own_exp(tmp_path_factory: pytest.TempPathFactory) -> Callable[[np.ndarray], np.ndarray]:
+    lanes, blocks = 16, elementwise.symbol("blocks")
+
+    def body(x: Any, out: Any) -> None:
+        with vec.serial(blocks) as i:
+            vec.store(out, [i, 0], elementwise.exp(vec.load(x, [i, 0], lanes), lanes), lanes)
+
+    arguments = [(name, (blocks, lanes), "float32") for name in ("x", "out")]
+    exp_kernel = elementwise.build_kernel("exp", arguments, body)
+    bb, n = relax.BlockBuilder(), tirx.Var("n", "int64")
+    spec = ((n, lanes), "float32")
+    add_function(bb, "exp", exp_kernel, [spec], [spec])
+    vm = load(bb.get(), tmp_path_factory.mktemp("lib") / "exp.so")
+    return lambda x: call(vm, "exp", x.reshape(-1, lanes))[0].reshape(-1)
+
+
+def test_exp_is_within_one_and_a_half_ulp(own_exp: Any) -> None:
+    rng = np.random.default_rng(0)
+    x = np.concatenate(
+        [
+            rng.uniform(-104, 88.72, 1 << 18),
+            rng.uniform(-1, 1, 1 << 17),
+            np.linspace(-9, 9, 1 << 17),
+        ]
+    ).astype(np.float32)
+    exact = np.exp(wide(x))
+    ulp = np.spacing(np.maximum(exact, np.finfo(np.float32).tiny).astype(np.float32))
+    assert (np.abs(own_exp(x) - exact) / ulp).max() < 1.5
+
+
+def test_exp_special_values(own_exp: Any) -> None:
+    x = np.zeros(16, np.float32)
+    x[:8] = [0, -0.0, np.inf, -np.inf, np.nan, 88.8, -104.5, 3e38]
+    out = own_exp(x)
+    np.testing.assert_array_equal(out[:8], [1, 1, np.inf, 0, np.nan, np.inf, 0, np.inf])
+    np.testing.assert_array_equal(out[8:], 1)

@@ -1,0 +1,528 @@
+"""Conversion: the plan, the bytes, and everything that must be refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from mlc_compile.errors import InputError
+from mlc_compile.manifest import check_directory, parameter_schema_id
+from mlc_compile.models import ARCHITECTURES, Model, load_model
+from mlc_compile.quantization.group import dequantize, quantize
+from mlc_compile.quantization.policy import is_quantized, stored_layout
+from mlc_compile.quantization.scheme import SCHEMES, QuantScheme, numpy_dtype
+from mlc_compile.weights import convert
+from mlc_compile.weights.checkpoint import Checkpoint, TensorInfo, open_checkpoint
+from mlc_compile.weights.convert import convert_weight, plan_conversion
+from mlc_compile.weights.tensor_cache import load_params
+
+SIZES = {
+    "hidden_size": 96,  # no multiple of 40: q3 groups are padded
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 24,
+    "vocab_size": 200,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+}
+Tensors = dict[str, np.ndarray]
+
+schemes = pytest.mark.parametrize("scheme", SCHEMES.values(), ids=lambda s: s.name)
+
+
+def config_of(model_type: str = "llama", **changes: Any) -> dict[str, Any]:
+    classes = list(ARCHITECTURES[model_type].hf_classes)
+    return {"model_type": model_type, "architectures": classes, **SIZES, **changes}
+
+
+def model_of(config: Mapping[str, Any]) -> Model:
+    return load_model(config, where="config.json")
+
+
+def random_tensors(model: Model, dtype: Any = np.float32) -> Tensors:
+    """The checkpoint tensors that `model` reads, sources of a concatenation of uneven length."""
+    rng = np.random.default_rng(0)
+    tensors: Tensors = {}
+    for spec in model.parameters():
+        cuts = sorted(rng.choice(np.arange(1, spec.shape[0]), len(spec.sources) - 1, replace=False))
+        whole = rng.standard_normal(spec.shape).astype(dtype)
+        tensors |= dict(zip(spec.sources, np.split(whole, cuts), strict=True))
+    return tensors
+
+
+class MemoryReader:
+    """A checkpoint's weights in memory; notes what was read."""
+
+    def __init__(self, tensors: Tensors, files: tuple[Path, ...] = ()) -> None:
+        self.arrays = tensors
+        self.files = files
+        self.reads: list[tuple[str, int]] = []
+        self.releases = 0
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        return {
+            name: TensorInfo(name, a.shape, str(a.dtype), a.nbytes, "memory")
+            for name, a in self.arrays.items()
+        }
+
+    def read(self, name: str, rows: slice | None = None) -> np.ndarray:
+        array = self.arrays[name] if rows is None else self.arrays[name][rows]
+        self.reads.append((name, array.size))
+        return array
+
+    def release(self) -> None:
+        self.releases += 1
+
+
+def checkpoint_of(
+    config: dict[str, Any], tensors: Tensors, source_files: tuple[Path, ...] = ()
+) -> Checkpoint:
+    return Checkpoint(
+        path=Path("fake"),
+        format="safetensors",
+        config=config,
+        generation_config={},
+        source_files=source_files,
+        reader=MemoryReader(tensors),
+        tokenizer=None,  # type: ignore[arg-type]
+    )
+
+
+def tiny(**changes: Any) -> tuple[Checkpoint, Model]:
+    config = config_of(**changes)
+    model = model_of(config)
+    return checkpoint_of(config, random_tensors(model)), model
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+def assert_converted(directory: Path, tensors: Tensors, model: Model, scheme: QuantScheme) -> None:
+    """Each stored parameter equals the numpy reference on the whole concatenated weight."""
+    for spec in model.parameters():
+        whole = np.concatenate([tensors[source] for source in spec.sources])
+        if not is_quantized(spec, scheme):
+            (array,) = load_params(directory, [spec.name])
+            expected = whole.astype(numpy_dtype(scheme.model_dtype))
+            np.testing.assert_array_equal(array.view(np.uint8), expected.view(np.uint8))
+            continue
+        layout = stored_layout(spec, scheme)
+        base = spec.name.removesuffix(".weight")
+        loaded = load_params(directory, [f"{base}.q_weight", f"{base}.q_scale"])
+        for array, expected in zip(loaded, quantize(whole, scheme, layout=layout), strict=True):
+            assert array.dtype == expected.dtype
+            np.testing.assert_array_equal(array, expected)
+        restored = dequantize(loaded[0], loaded[1], scheme, whole.shape[1], layout=layout)
+        worst = np.abs(whole.astype(np.float32)).max() / scheme.max_int
+        assert np.abs(restored.astype(np.float32) - whole.astype(np.float32)).max() <= worst
+
+
+@schemes
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_every_scheme_of_every_architecture(
+    tmp_path: Path, scheme: QuantScheme, model_type: str
+) -> None:
+    config = config_of(model_type)
+    model = model_of(config)
+    tensors = random_tensors(model)
+    checkpoint = checkpoint_of(config, tensors)
+    plan = plan_conversion(checkpoint, model, scheme)
+    assert checkpoint.reader.reads == []  # type: ignore[attr-defined]
+    report = convert_weight(checkpoint, model, scheme, tmp_path / "out")
+    assert report.plan == plan
+    assert_converted(tmp_path / "out", tensors, model, scheme)
+    sizes = {path.name: path.stat().st_size for path in (tmp_path / "out").iterdir()}
+    assert sum(size for name, size in sizes.items() if name.endswith(".bin")) == plan.total_bytes
+    assert {shard.file: shard.nbytes for shard in plan.shards}.items() <= sizes.items()
+    assert plan.source_elements == sum(array.size for array in tensors.values())
+    assert plan.effective_bits_per_weight == 8 * plan.total_bytes / plan.source_elements
+    assert check_directory(tmp_path / "out").ok
+
+
+@pytest.mark.parametrize("stored", [np.float32, np.float16, ml_dtypes.bfloat16], ids=str)
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_hugging_face_directory(tmp_path: Path, stored: Any, tied: bool) -> None:
+    config = config_of(tie_word_embeddings=tied)
+    model = model_of(config)
+    tensors = random_tensors(model, stored)
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "config.json").write_text(json.dumps(config))
+    save_file(tensors, source / "model.safetensors")
+    checkpoint = open_checkpoint(source)
+    scheme = SCHEMES["q4f16_1"]
+    options = {"model_type": "auto"}
+    convert_weight(checkpoint, model, scheme, tmp_path / "out", options=options)
+    assert_converted(tmp_path / "out", tensors, model, scheme)
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    named = [file["name"] for file in manifest["source"]["files"]]
+    assert named == ["config.json", "model.safetensors"]
+    assert manifest["options"] == options
+    assert str(tmp_path) not in json.dumps(manifest)
+
+
+def test_names_without_prefix(tmp_path: Path) -> None:
+    checkpoint, model = tiny(tie_word_embeddings=True)
+    arrays = checkpoint.reader.arrays  # type: ignore[attr-defined]
+    bare = {name.removeprefix("model."): array for name, array in arrays.items()}
+    convert_weight(checkpoint_of({}, bare), model, SCHEMES["q0f32"], tmp_path)
+    assert_converted(tmp_path, arrays, model, SCHEMES["q0f32"])
+
+
+@pytest.mark.parametrize("name", ["q0f32", "q4f16_0", "q3f16_1"])
+def test_blocks_and_threads_do_not_matter(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint, model = tiny()
+    convert_weight(checkpoint, model, SCHEMES[name], tmp_path / "a", jobs=1)
+    convert_weight(checkpoint, model, SCHEMES[name], tmp_path / "b", jobs=5)
+    monkeypatch.setattr(convert, "_BLOCK_ELEMENTS", 700)
+    monkeypatch.setattr(convert, "_RELEASE_ELEMENTS", 5000)
+    reader = checkpoint.reader
+    assert isinstance(reader, MemoryReader)
+    reader.reads.clear()
+    convert_weight(checkpoint, model, SCHEMES[name], tmp_path / "c", jobs=3)
+    assert max(size for _, size in reader.reads) <= 700
+    assert reader.releases > 0
+    assert contents(tmp_path / "a") == contents(tmp_path / "b") == contents(tmp_path / "c")
+
+
+def test_progress_reaches_the_total(tmp_path: Path) -> None:
+    checkpoint, model = tiny()
+    seen: list[tuple[str, int, int]] = []
+    report = convert_weight(
+        checkpoint,
+        model,
+        SCHEMES["q4f16_1"],
+        tmp_path,
+        progress=lambda *step: seen.append(step),
+    )
+    total = report.plan.total_bytes
+    assert [done for _, done, _ in seen] == sorted(done for _, done, _ in seen)
+    assert seen[0][0] == "model.embed_tokens.weight"
+    assert seen[-1] == ("lm_head.weight", total, total)
+
+
+def test_manifests(tmp_path: Path) -> None:
+    checkpoint, model = tiny()
+    plan = convert_weight(checkpoint, model, SCHEMES["q4f16_1"], tmp_path).plan
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert manifest["architecture"] == {"name": "llama", "label": model.arch.label}
+    assert manifest["quantization"]["name"] == "q4f16_1"
+    assert manifest["parameter_bytes"] == plan.total_bytes
+    assert [t["name"] for t in manifest["tensors"]] == [s.name for s in plan.stored]
+    assert {f["name"] for f in manifest["files"]} == contents(tmp_path).keys() - {"manifest.json"}
+    package = json.loads((tmp_path / "mlc-model-manifest.json").read_text())
+    assert package["weights"]["parameter_schema_id"] == parameter_schema_id(plan.stored)
+
+
+def test_reports_are_for_people_and_machines(tmp_path: Path) -> None:
+    checkpoint, model = tiny()
+    report = convert_weight(checkpoint, model, SCHEMES["q4f16_1"], tmp_path)
+    for shown in (report.plan, report):
+        data = json.loads(json.dumps(shown.to_json()))
+        assert data["parameter_bytes"] == report.plan.total_bytes
+        assert "q4f16_1" in shown.to_text() and "bits per weight" in shown.to_text()
+
+
+# --- tensors that do not fit ---------------------------------------------------------------
+
+
+def refused(change: Callable[[Tensors], object], **config: Any) -> str:
+    checkpoint, model = tiny(**config)
+    change(checkpoint.reader.arrays)  # type: ignore[attr-defined]
+    with pytest.raises(InputError) as error:
+        plan_conversion(checkpoint, model, SCHEMES["q4f16_1"])
+    assert checkpoint.reader.reads == []  # type: ignore[attr-defined]
+    return str(error.value)
+
+
+LAYER = "model.layers.1.mlp.down_proj.weight"
+ONE = np.ones((4, 4), np.float32)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda t: t.pop("lm_head.weight"), ("1 missing (lm_head.weight)", "tie_word_embeddings")),
+        (lambda t: t.pop(LAYER), (f"1 missing ({LAYER})", "layer 1 is not whole")),
+        (lambda t: t.clear(), ("21 missing", "and 16 more", "tie_word_embeddings")),
+        (
+            lambda t: t.update({LAYER.replace(".1.", ".2."): ONE}),
+            ("1 unused (model.layers.2", "num_hidden_layers = 2, layer 2"),
+        ),
+        (
+            lambda t: t.update({LAYER.replace("weight", "bias"): ONE}),
+            ("1 unused", "mlp_bias"),
+        ),
+        (
+            lambda t: t.update({"model.layers.0.self_attn.q_norm.weight": ONE}),
+            ("1 unused", "another model_type"),
+        ),
+        (
+            lambda t: t.update({LAYER.replace("weight", "qweight"): t.pop(LAYER)}),
+            ("1 missing", "1 unused", "quantised already"),
+        ),
+        (
+            lambda t: t.update({LAYER + "_scale_inv": ONE}),
+            ("1 unused", "quantised already"),
+        ),
+        (
+            lambda t: t.update({"base_model.lora_A.weight": ONE}),
+            ("1 unused", "merge them"),
+        ),
+        (
+            lambda t: t.update({"model.layers.0.mlp.experts.0.w.weight": ONE}),
+            ("1 unused", "mixture of experts"),
+        ),
+        (lambda t: t.update({"visual.w": ONE}), ("1 unused (visual.w)", "does not belong")),
+    ],
+)
+def test_names_that_do_not_fit(change: Callable[[Tensors], object], said: tuple[str, ...]) -> None:
+    message = refused(change)
+    assert "\n" not in message
+    for part in said:
+        assert part in message
+
+
+def test_missing_biases_name_the_config_keys() -> None:
+    model = model_of(config_of(attention_bias=True))
+    tensors = random_tensors(model)
+    plain = {name: array for name, array in tensors.items() if not name.endswith(".bias")}
+    with pytest.raises(InputError, match=r"8 missing.*attention_bias"):
+        plan_conversion(checkpoint_of({}, plain), model, SCHEMES["q0f16"])
+
+
+def test_shapes_that_do_not_fit() -> None:
+    def cut(name: str, rows: int, columns: int) -> Callable[[Tensors], object]:
+        return lambda t: t.update({name: t[name][:rows, :columns]})
+
+    message = refused(cut(LAYER, 50, 128))
+    assert LAYER in message and "shape [50, 128]" in message and "[96, 128]" in message
+    message = refused(cut("model.embed_tokens.weight", 199, 96))
+    assert "vocab_size = 200, the tensor has 199" in message
+    message = refused(cut("model.layers.0.mlp.up_proj.weight", 10, 96))
+    assert "gate_proj.weight, model.layers.0.mlp.up_proj.weight" in message
+    message = refused(lambda t: t.update({"model.norm.weight": np.float32(1)[None][0]}))
+    assert "model.norm.weight" in message and "shape []" in message
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8, ml_dtypes.float8_e4m3fn], ids=str)
+def test_packed_source_dtypes(dtype: Any) -> None:
+    message = refused(lambda t: t.update({LAYER: t[LAYER].astype(dtype)}))
+    assert LAYER in message and "quantised already" in message
+
+
+def test_harmless_extras_are_ignored_and_listed(tmp_path: Path) -> None:
+    checkpoint, model = tiny(tie_word_embeddings=True)
+    arrays = checkpoint.reader.arrays  # type: ignore[attr-defined]
+    arrays["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(3, np.float32)
+    arrays["lm_head.weight"] = arrays["model.embed_tokens.weight"].copy()
+    plan = convert_weight(checkpoint, model, SCHEMES["q4f16_1"], tmp_path).plan
+    assert plan.ignored == ("lm_head.weight", "model.layers.0.self_attn.rotary_emb.inv_freq")
+    assert "inv_freq" in plan.to_text()
+
+
+@pytest.mark.parametrize("shape", [(200, 96), (199, 96)])
+def test_a_tied_head_that_differs(tmp_path: Path, shape: tuple[int, int]) -> None:
+    checkpoint, model = tiny(tie_word_embeddings=True)
+    arrays = checkpoint.reader.arrays  # type: ignore[attr-defined]
+    other = arrays["model.embed_tokens.weight"][: shape[0]].copy()
+    other[-1, -1] += 1
+    arrays["lm_head.weight"] = other
+    with pytest.raises(InputError, match=r"lm_head\.weight differs.*tie_word_embeddings"):
+        convert_weight(checkpoint, model, SCHEMES["q4f16_1"], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+# --- the output ----------------------------------------------------------------------------
+
+
+@schemes
+@pytest.mark.parametrize("value", [np.nan, 1e30])
+def test_a_bad_value_leaves_nothing(tmp_path: Path, scheme: QuantScheme, value: float) -> None:
+    checkpoint, model = tiny()
+    weight = checkpoint.reader.arrays["lm_head.weight"]  # type: ignore[attr-defined]
+    weight[-1, 5] = value
+    if value == 1e30 and scheme.model_dtype != "float16":
+        convert_weight(checkpoint, model, scheme, tmp_path / "out")
+        return
+    with pytest.raises(InputError, match=r"lm_head\.weight"):
+        convert_weight(checkpoint, model, scheme, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_existing_output(tmp_path: Path) -> None:
+    checkpoint, model = tiny()
+    (tmp_path / "mlc-chat-config.json").write_text("{}")  # gen_config came first
+    (tmp_path / "tokenizer.json").write_text("{}")
+    convert_weight(checkpoint, model, SCHEMES["q0f32"], tmp_path)
+    before = contents(tmp_path)
+    assert {"mlc-chat-config.json", "tokenizer.json"} <= before.keys()
+    with pytest.raises(InputError, match=r"holds parameters already.*--overwrite"):
+        convert_weight(checkpoint, model, SCHEMES["q4f16_1"], tmp_path)
+    assert contents(tmp_path) == before
+    (tmp_path / "params_shard_7.bin").write_bytes(b"stale")
+    convert_weight(checkpoint, model, SCHEMES["q4f16_1"], tmp_path, overwrite=True)
+    after = contents(tmp_path)
+    assert "params_shard_7.bin" not in after
+    assert after["tokenizer.json"] == b"{}"
+    assert check_directory(tmp_path).ok
+    assert json.loads(after["manifest.json"])["quantization"]["name"] == "q4f16_1"
+
+
+def test_a_failed_overwrite_keeps_the_old(tmp_path: Path) -> None:
+    checkpoint, model = tiny()
+    convert_weight(checkpoint, model, SCHEMES["q0f32"], tmp_path)
+    before = contents(tmp_path)
+    checkpoint.reader.arrays["lm_head.weight"][0, 0] = np.inf  # type: ignore[attr-defined]
+    with pytest.raises(InputError, match="not finite"):
+        convert_weight(checkpoint, model, SCHEMES["q4f16_1"], tmp_path, overwrite=True)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert_weight(
+            checkpoint, model, SCHEMES["q4f16_1"], tmp_path, overwrite=True, progress=interrupt
+        )
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_source_files_are_not_replaced(tmp_path: Path, overwrite: bool) -> None:
+    config = config_of()
+    model = model_of(config)
+    (tmp_path / "params_shard_0.bin").write_bytes(b"weights of the source")
+    checkpoint = checkpoint_of(config, random_tensors(model), (tmp_path / "params_shard_0.bin",))
+    before = contents(tmp_path)
+    with pytest.raises(InputError, match="is a source file"):
+        convert_weight(checkpoint, model, SCHEMES["q0f16"], tmp_path, overwrite=overwrite)
+    assert contents(tmp_path) == before
+
+
+def test_a_foreign_manifest_is_not_replaced(tmp_path: Path) -> None:
+    checkpoint, model = tiny()
+    (tmp_path / "manifest.json").write_text('{"name": "my web app"}')
+    with pytest.raises(InputError, match="not ours"):
+        convert_weight(checkpoint, model, SCHEMES["q0f16"], tmp_path, overwrite=True)
+    assert contents(tmp_path) == {"manifest.json": b'{"name": "my web app"}'}
+
+
+def test_output_that_cannot_be_written(tmp_path: Path) -> None:
+    checkpoint, model = tiny()
+    (tmp_path / "file").write_text("")
+    for place, said in ((tmp_path / "file", "is a file"), (tmp_path / "file" / "x", "cannot be")):
+        with pytest.raises(InputError, match=said):
+            convert_weight(checkpoint, model, SCHEMES["q0f16"], place)
+    assert contents(tmp_path) == {"file": b""}
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root writes anywhere")
+def test_read_only_output(tmp_path: Path) -> None:
+    checkpoint, model = tiny()
+    tmp_path.chmod(0o500)
+    with pytest.raises(InputError, match="Permission denied"):
+        convert_weight(checkpoint, model, SCHEMES["q0f16"], tmp_path / "out")
+
+
+def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint, model = tiny()
+    usage = convert.shutil.disk_usage(tmp_path)._replace(free=1 << 20)
+    monkeypatch.setattr(convert.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(InputError, match=r"needs \d+ MB, 1 MB are free"):
+        convert_weight(checkpoint, model, SCHEMES["q0f16"], tmp_path / "new" / "out")
+    assert checkpoint.reader.reads == []  # type: ignore[attr-defined]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_fills_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint, model = tiny()
+
+    def write(self: object, name: str, data: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(convert.TensorCacheWriter, "write", write)
+    with pytest.raises(InputError, match=r"out: cannot be written \(No space left"):
+        convert_weight(checkpoint, model, SCHEMES["q0f16"], tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- resources -----------------------------------------------------------------------------
+
+MEASURE = """
+import json, resource, sys
+from pathlib import Path
+from mlc_compile.models import load_model
+from mlc_compile.quantization.scheme import get_scheme
+from mlc_compile.weights.checkpoint import open_checkpoint
+from mlc_compile.weights.convert import convert_weight
+source, out, scheme = sys.argv[1:]
+checkpoint = open_checkpoint(source)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+model = load_model(checkpoint.config, where=source)
+convert_weight(checkpoint, model, get_scheme(scheme), Path(out))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, "tvm" in sys.modules)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux")
+@pytest.mark.parametrize("name", ["q0f32", "q4f16_1"])
+def test_memory_is_bounded_and_tvm_stays_out(tmp_path: Path, name: str) -> None:
+    """A float32 checkpoint of 207 MB takes less than 120 MiB over an idle process."""
+    config = config_of(
+        hidden_size=512, head_dim=128, num_hidden_layers=1, vocab_size=50_000, hidden_act="silu"
+    )
+    model = model_of(config)
+    header: dict[str, Any] = {}
+    end = 0
+    for spec in model.parameters():
+        for source in spec.sources:
+            rows = spec.shape[0] // len(spec.sources)
+            if ".self_attn.q_proj" in source:
+                rows = spec.shape[0] // 2
+            elif "k_proj" in source or "v_proj" in source:
+                rows = spec.shape[0] // 4
+            shape = [rows, *spec.shape[1:]]
+            start, end = end, end + 4 * int(np.prod(shape))
+            header[source] = {"dtype": "F32", "shape": shape, "data_offsets": [start, end]}
+    source_dir = tmp_path / "source"
+    source_dir.mkdir()
+    (source_dir / "config.json").write_text(json.dumps(config))
+    text = json.dumps(header).encode()
+    with (source_dir / "model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)  # zeros that take no space
+    assert end > 200e6
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(source_dir), str(tmp_path / "out"), name],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    grown, tvm = done.stdout.split()
+    assert int(grown) / 1024 < 120
+    assert tvm == "False"
+
+
+def test_plans_compare_equal() -> None:
+    checkpoint, model = tiny()
+    plan = plan_conversion(checkpoint, model, SCHEMES["q4f16_1"])
+    assert dataclasses.replace(plan) == plan
+    assert plan != plan_conversion(checkpoint, model, SCHEMES["q4f16_0"])
