@@ -278,7 +278,7 @@ def _special_ids(
                     )
             return tuple(dict.fromkeys(values))
         text = token_text(tokenizer_config.get(f"{name}_token"))
-        return (tokenizer.ids[text],) if text in tokenizer.ids else ()
+        return () if text is None or text not in tokenizer.ids else (tokenizer.ids[text],)
 
     eos, bos, pad = find("eos"), find("bos"), find("pad")
     if not eos:

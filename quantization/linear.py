@@ -1,7 +1,8 @@
 """TVM modules that consume packed group-quantised weights, and the factory a decoder is built with.
 
-A quantised layer emits `dequantize` and then an ordinary matmul or take. The compiler's passes fuse the
-pair (compiler/passes/fuse_linear.py); unfused, the pair is the slow reference of the fused kernel.
+A quantised layer emits `dequantize` and then an ordinary matmul or take. The compiler's passes fuse
+the pair (compiler/passes/fuse_linear.py); unfused, the pair is the slow reference of the fused
+kernel.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ DEQUANTIZE = "dequantize"
 def dequantize(
     q_weight: Tensor, q_scale: Tensor, shape: tuple[int, ...], scheme: QuantScheme, layout: str
 ) -> Tensor:
-    """The weight [n, k] in the model dtype: (field - max_int) * scale (formula: quantization/group.py).
+    """The weight [n, k] in the model dtype: (field - max_int) * scale (formula:
+    quantization/group.py).
 
     q_weight is uint32 [n, words] and q_scale [n, groups]; both are transposed in layout "KN".
     """
@@ -92,11 +94,12 @@ class GroupEmbedding(nn.Module):
 
 
 class SchemeLayers:
-    """The `nn.linear.LayerFactory` of a quantisation scheme: policy.py says which weights it packs."""
+    """The `nn.linear.LayerFactory` of a quantisation scheme: policy.py says which weights it
+    packs."""
 
     def __init__(self, scheme: QuantScheme) -> None:
         self.scheme = scheme
-        self.dtype = scheme.model_dtype
+        self.dtype: str = scheme.model_dtype
 
     def linear(self, weight: ParamSpec, *, bias: bool, out_dtype: str | None = None) -> nn.Module:
         if is_quantized(weight, self.scheme):

@@ -88,7 +88,7 @@ class KVCacheKernels:
     0 and a very negative finite lse.
 
     - split_rotary(qkv [T, q + 2 kv, d], position [T], q, k, v, x): without a sliding window `x` is
-      inv_freq as a float32 tensor; with one it is an int64 flag and the frequencies are compiled in.
+      inv_freq as a float32 tensor; with one it is an int64 flag and the table is compiled in.
     - transpose_append(pages [P, 2, kv, 16, d], k [T, kv, d], v, slot [T] or -1)
     - prefill_ragged(q, qo_indptr, k, v, kv_indptr, q_position, k_position_offset, out, lse, causal,
       rotary_mode, rope_scale, rope_theta, sm_scale)

@@ -16,8 +16,8 @@ from mlc_compile.errors import EnvironmentLacksError, InputError
 from mlc_compile.targets.cpu_kernels import attention, elementwise, embedding, linear, sampling
 from mlc_compile.targets.kernels import EmbeddingSpec, LinearSpec
 
-# Loops are cut for this many threads; the runtime's pool uses as many as the machine has. A constant, so
-# that the library does not depend on the machine that compiled it.
+# Loops are cut for this many threads; the runtime's pool uses as many as the machine has. A
+# constant, so that the library does not depend on the machine that compiled it.
 PARALLEL_GRAIN = 8
 
 
@@ -39,9 +39,7 @@ class CPUKernels:
             spec.rows,
             spec.weight_dtype if scheme is None else None,
         )
-        return linear.linear_kernel(
-            wanted, vector_bits=self.vector_bits, num_cores=PARALLEL_GRAIN
-        )
+        return linear.linear_kernel(wanted, vector_bits=self.vector_bits, num_cores=PARALLEL_GRAIN)
 
     def embedding(self, spec: EmbeddingSpec) -> PrimFunc | None:
         wanted = embedding.EmbeddingSpec(
@@ -75,7 +73,9 @@ class CPUBackend:
         target = Target({"kind": "llvm", "mcpu": cpu})
         if not codegen.llvm_is_valid_cpu(cpu, str(codegen.llvm_get_system_triple())):
             known = ", ".join(sorted(map(str, codegen.llvm_get_cpu_archlist(target)))[:60])
-            raise InputError(f"--target cpu:{cpu}: LLVM knows no such CPU", hint=f"some are: {known}")
+            raise InputError(
+                f"--target cpu:{cpu}: LLVM knows no such CPU", hint=f"some are: {known}"
+            )
         return target
 
     def kernels(self, target: Target) -> CPUKernels:
@@ -86,7 +86,8 @@ class CPUBackend:
         return partial(attention.cpu_kv_cache_kernels, vector_bits=bits)
 
     def sampling_kernels(self, target: Target) -> Any:
-        return sampling.CPUSamplingKernels(int(codegen.llvm_get_vector_width(target)))
+        bits = int(codegen.llvm_get_vector_width(target))
+        return partial(sampling.kernel, vector_bits=bits)
 
     def check_environment(self) -> None:
         linker()
@@ -116,7 +117,8 @@ def linker() -> list[str]:
 
 
 def _link(output: str, objects: list[str], options: Any = None, **_: Any) -> None:
-    """Link objects into a shared library without build ids or paths, so that the bytes are reproducible."""
+    """Link objects into a shared library without build ids or paths, so that the bytes are
+    reproducible."""
     import subprocess
 
     flags = ["-shared", "-fPIC", "-o", output]

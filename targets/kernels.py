@@ -1,8 +1,8 @@
 """What a target offers the compiler: kernels for the operations that the fusing passes look for.
 
-A kernel is a PrimFunc called in destination-passing style (call_tir). `None` means that the target has none
-for this case; the operation then stays as it is and is lowered by TVM's generic rules, slowly but correctly.
-Activations are [n, features]; `rows` is 1 or None, None being a symbolic n.
+A kernel is a PrimFunc called in destination-passing style (call_tir). `None` means that the target
+has none for this case; the operation then stays as it is and is lowered by TVM's generic rules,
+slowly but correctly. Activations are [n, features]; `rows` is 1 or None, None being a symbolic n.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from mlc_compile.quantization.scheme import QuantScheme
+from mlc_compile.quantization.scheme import Layout, QuantScheme
 
 if TYPE_CHECKING:
     from tvm.tirx import PrimFunc
@@ -25,7 +25,7 @@ class LinearSpec:
     in_features: int
     out_features: int
     scheme: QuantScheme | None
-    layout: str  # "NK" or "KN", of the packed weight
+    layout: Layout  # of the packed weight
     weight_dtype: str
     x_dtype: str
     out_dtype: str

@@ -1,7 +1,8 @@
 """TVMScript parses slowly because of how it finds its caller; `fast_parsing` takes that cost away.
 
-`T.prim_func` calls `inspect.stack()`, which asks `inspect.getmodule` for every frame; for the frames of
-frozen importlib, which belong to no file, that scans all loaded modules each time. Nobody needs their module.
+`T.prim_func` calls `inspect.stack()`, which asks `inspect.getmodule` for every frame; for the
+frames of frozen importlib, which belong to no file, that scans all loaded modules each time. Nobody
+needs their module.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""What a target is: its name, what it writes, the sizes it defaults to, and where its back end lives.
+"""What a target is: its name, what it writes, the sizes it defaults to, and where its back end
+lives.
 
 Profiles are data and need no TVM; `backend()` imports the one module that does.
 """

@@ -13,7 +13,9 @@ CHATML_BODY = (
 
 def chatml_with_default(message: str) -> str:
     return (
-        "{% if messages[0].role != 'system' %}{{ '<|im_start|>system\n" + message + "<|im_end|>\n' }}"
+        "{% if messages[0].role != 'system' %}{{ '<|im_start|>system\n"
+        + message
+        + "<|im_end|>\n' }}"
         "{% endif %}" + CHATML_BODY
     )
 
@@ -21,7 +23,8 @@ def chatml_with_default(message: str) -> str:
 LLAMA3_BODY = (
     "{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' "
     "+ m['content'] | trim + '<|eot_id|>' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+    "{% if add_generation_prompt %}"
+    "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 )
 LLAMA31 = (
     "{{ bos_token }}{% if not date_string is defined %}{% set date_string = DATE %}{% endif %}"
@@ -66,7 +69,8 @@ MISTRAL_V03 = (
     "{% if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] %}"
     "{% set rest = messages[1:] %}{% else %}{% set rest = messages %}{% endif %}{{ bos_token }}"
     "{% for m in rest %}{% if m['role'] == 'user' %}"
-    "{% if loop.last and system is defined %}{{ '[INST] ' + system + '\n\n' + m['content'] + '[/INST]' }}"
+    "{% if loop.last and system is defined %}"
+    "{{ '[INST] ' + system + '\n\n' + m['content'] + '[/INST]' }}"
     "{% else %}{{ '[INST] ' + m['content'] + '[/INST]' }}{% endif %}"
     "{% else %}{{ ' ' + m['content'] + eos_token }}{% endif %}{% endfor %}"
 )

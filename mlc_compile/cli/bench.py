@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from mlc_compile.cli._output import Output, examples, output_options
 from mlc_compile.cli._params import MODEL_DIR, library_option
+
+if TYPE_CHECKING:
+    from mlc_compile.runtime.bench import BenchReport
 
 
 @click.command(
@@ -32,7 +36,7 @@ def command(
     repeats: int,
     threads: int | None,
     out: Output,
-) -> None:
+) -> BenchReport:
     """Measure prefill and decode speed and peak memory.
 
     Decode is compared with the read bandwidth of this machine, measured in the same run.
@@ -50,3 +54,4 @@ def command(
             progress=progress,
         )
     out.result(report)
+    return report

@@ -1,22 +1,31 @@
 """`demo`: the whole pipeline on a small model, as the commands a user would type.
 
-It runs no code of its own: each step is one of the other commands, printed before it runs.
+It runs no code of its own: each step is one of the other commands, printed before it runs. What
+they return ends up in a summary.
 """
 
 from __future__ import annotations
 
 import shlex
+import sys
 import tempfile
+import time
 from contextlib import ExitStack
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from mlc_compile.cli._output import Output, examples, output_options
 from mlc_compile.cli._params import OUT_DIR, target_option
 from mlc_compile.errors import EnvironmentLacksError, InputError
+
+if TYPE_CHECKING:
+    from mlc_compile.runtime.bench import BenchReport
+    from mlc_compile.runtime.chat import Reply
+    from mlc_compile.runtime.inspect import LibraryReport, ParamsReport
 
 TINY_PROMPT = "It was a dark night, and the ship"
 SMOLLM2_PROMPT = "The capital of France is"
@@ -59,6 +68,7 @@ def steps(
         ["plan", out, "--target", target],
         ["compile", out, "--target", target, "-o", library],
         ["inspect", out, "--check"],
+        ["inspect", library],
         ["verify", out, "--lib", library, "--reference", str(model)],
         ["run", out, "--lib", library, "-p", prompt, *(["--raw"] if raw else [])],
         ["bench", out, "--lib", library],
@@ -97,15 +107,88 @@ def command(
             raise InputError(f"no model at '{model}'", hint=f"a path, or {' or '.join(BUNDLED)}")
     group = click.get_current_context().find_root().command
     assert isinstance(group, click.Group)
+    started = time.monotonic()
     with ExitStack() as stack:
+        kept = output
         if output is None:
             output = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mlc_compile_")))
         # The tiny model was trained on prose, not on conversations.
         raw = model == "tiny"
+        results = []
         for line in steps(path, quantization, target, output, prompt, raw):
             out.info(f"\n$ mlc_compile {shlex.join(line)}")
             name, *rest = line
             step = group.get_command(click.get_current_context(), name)
             assert step is not None
             flags = {1: ["-v"], 0: [], -1: ["-q"]}[out.verbosity]
-            step.main([*rest, *flags], prog_name=f"mlc_compile {name}", standalone_mode=False)
+            results.append(
+                step.main([*rest, *flags], prog_name=f"mlc_compile {name}", standalone_mode=False)
+            )
+    _, _, _, _, params, library, _, reply, speed = results
+    seconds = time.monotonic() - started
+    print_summary(summary(prompt, raw, params, library, reply, speed, seconds, kept))
+
+
+def summary(
+    prompt: str,
+    raw: bool,
+    params: ParamsReport,
+    library: LibraryReport,
+    reply: Reply,
+    speed: BenchReport,
+    seconds: float,
+    kept: Path | None,
+) -> list[tuple[str, str]]:
+    """(what, value) of the whole run, from what the steps returned. seconds: all steps together."""
+    from mlc_compile.compiler.memory import format_bytes
+
+    plan, metadata = library.memory_plan, library.metadata
+    scheme, batch = metadata["quantization"], metadata["max_batch_size"]
+    weights = params.manifest["parameters"]
+    source = sum(file["nbytes"] for file in params.manifest["source"]["files"])
+    bits = params.manifest["effective_bits_per_weight"]
+    window = max(metadata["context_window_size"], metadata["sliding_window_size"])
+    text = [("text", f"{prompt}{reply.text}")]
+    rows = [
+        *(text if raw else [("prompt", prompt), ("reply", reply.text.strip())]),
+        ("model", f"{metadata['model_type']}, {weights / 1e6:.1f} M parameters"),
+        ("checkpoint", format_bytes(source)),
+        ("converted", f"{format_bytes(params.nbytes)} as {scheme}, {bits:.2f} bits per weight"),
+        ("library", f"{format_bytes(library.nbytes)} for {library.ours['target']}"),
+        (
+            "memory plan",
+            f"{format_bytes(plan.total)}: weights {format_bytes(plan.weights)}, "
+            f"cache {format_bytes(plan.kv_cache)} for {batch} x {window} tokens, "
+            f"workspace {format_bytes(plan.workspace)}, reserve {format_bytes(plan.reserve)}",
+        ),
+        (
+            "speed",
+            f"prefill {speed.prefill_rate:.0f} tok/s, decode {speed.decode_rate:.0f} tok/s "
+            f"({speed.bandwidth_fraction:.0%} of the memory bandwidth) on {speed.threads} threads",
+        ),
+        ("time", f"{seconds:.0f} s for all steps"),
+    ]
+    return [*rows, ("kept in", str(kept))] if kept else rows
+
+
+def print_summary(rows: list[tuple[str, str]]) -> None:
+    """A framed table on a terminal, plain lines otherwise."""
+    if not sys.stdout.isatty():
+        width = max(len(name) for name, _ in rows)
+        indent = "\n" + " " * (width + 2)
+        click.echo()
+        for name, value in rows:
+            click.echo(f"{name:<{width}}  {value.replace(chr(10), indent)}")
+        return
+    from rich.box import ROUNDED
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=ROUNDED, show_header=False, title="mlc_compile demo", title_style="bold")
+    table.add_column(style="cyan", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in rows:
+        # Text, because generated text may hold what rich takes for markup.
+        table.add_row(name, Text(value, style="bold" if name in ("text", "reply") else ""))
+    Console().print(table)

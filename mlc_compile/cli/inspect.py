@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from mlc_compile.cli._output import Output, examples, output_options
 from mlc_compile.cli._params import existing
+
+if TYPE_CHECKING:
+    from mlc_compile.runtime.inspect import LibraryReport, ParamsReport
 
 
 @click.command(
@@ -25,7 +29,7 @@ from mlc_compile.cli._params import existing
     help="Compare every file and tensor with manifest.json; exit 1 on a difference.",
 )
 @output_options
-def command(path: Path, check: bool, out: Output) -> None:
+def command(path: Path, check: bool, out: Output) -> LibraryReport | ParamsReport:
     """Show what an artefact holds; check that it is whole.
 
     PATH is a library or a directory of parameters: metadata, functions, memory plan, hashes.
@@ -34,16 +38,12 @@ def command(path: Path, check: bool, out: Output) -> None:
         raise click.UsageError(
             "--check needs a directory with manifest.json", click.get_current_context()
         )
-    if not check:
-        from mlc_compile.runtime.inspect import inspect_artifact
-
-        out.result(inspect_artifact(path))
-        return
     from mlc_compile.errors import CheckFailedError
-    from mlc_compile.manifest import check_directory
+    from mlc_compile.runtime.inspect import ParamsReport, inspect_artifact
 
     with out.progress(of_bytes=True) as progress:
-        report = check_directory(path, progress=progress)
+        report = inspect_artifact(path, check=check, progress=progress)
     out.result(report)
-    if not report.ok:
+    if isinstance(report, ParamsReport) and not report.ok:
         raise CheckFailedError(f"{path} is not what its manifest.json says")
+    return report

@@ -15,11 +15,13 @@ from mlc_compile.cli._params import budget_option, existing, overrides_option, t
     epilog=examples(
         "mlc_compile plan out --target cpu",
         "mlc_compile plan out --overrides 'context_window_size=8192' --budget 4GiB",
+        "mlc_compile plan ./SmolLM2-135M-Instruct --quantization q4f16_1",
         "mlc_compile plan ./SmolLM2-135M-Instruct --fit --budget 500MB",
     ),
 )
-@click.argument("source", metavar="DIR_OR_CONFIG", type=existing())
+@click.argument("source", metavar="SOURCE", type=existing())
 @target_option
+@click.option("--quantization", metavar="NAME", help="Scheme; needed for a checkpoint.")
 @overrides_option
 @budget_option
 @click.option(
@@ -31,6 +33,7 @@ from mlc_compile.cli._params import budget_option, existing, overrides_option, t
 def command(
     source: Path,
     target: str,
+    quantization: str | None,
     overrides: dict[str, int],
     budget: int | None,
     fit: bool,
@@ -40,22 +43,26 @@ def command(
 
     Weights, KV cache, workspace and reserve, in bytes.
 
-    DIR_OR_CONFIG is the directory made by `gen_config`, or its mlc-chat-config.json; with --fit
-    also a checkpoint. A plan above --budget is an error that says what would make it fit.
+    SOURCE is a checkpoint, the directory made by `gen_config`, or its mlc-chat-config.json. A
+    plan above --budget is an error that says what would make it fit.
     """
     if fit and budget is None:
         raise click.UsageError("--fit needs --budget", click.get_current_context())
+    if fit and quantization is not None:
+        raise click.UsageError(
+            "--fit chooses the scheme: leave --quantization out", click.get_current_context()
+        )
     if fit and budget is not None:
         from mlc_compile.compiler.fit import fit_plan
 
         out.result(fit_plan(source, target, budget=budget, overrides=overrides))
         return
-    from mlc_compile.compiler.inputs import load_inputs
+    from mlc_compile.compiler.inputs import load_plan_inputs
     from mlc_compile.compiler.memory import check_budget, estimate_plan
     from mlc_compile.targets.profile import get_target
 
     profile, _ = get_target(target)
-    inputs = load_inputs(source, overrides)
+    inputs = load_plan_inputs(source, profile, quantization, overrides)
     for note in inputs.config.notes:
         out.detail(note)
     plan = estimate_plan(inputs.model, inputs.scheme, inputs.config, profile)

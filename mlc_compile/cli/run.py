@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from mlc_compile.cli._output import Output, examples, output_options
 from mlc_compile.cli._params import MODEL_DIR, library_option
+
+if TYPE_CHECKING:
+    from mlc_compile.runtime.chat import Reply
 
 
 @click.command(
@@ -41,7 +45,30 @@ from mlc_compile.cli._params import MODEL_DIR, library_option
     show_default=True,
     help="Sample from the likeliest tokens that make up this probability.",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the sampling.")
+@click.option(
+    "--repetition-penalty",
+    type=click.FloatRange(min=0, min_open=True),
+    default=1.0,
+    show_default=True,
+    help="Above 1, tokens of the reply become less likely to come again, by factor.",
+)
+@click.option(
+    "--presence-penalty",
+    type=float,
+    default=0.0,
+    show_default=True,
+    help="Subtracted from the logits of tokens of the reply.",
+)
+@click.option(
+    "--frequency-penalty",
+    type=float,
+    default=0.0,
+    show_default=True,
+    help="The same, once for each time the token came.",
+)
+@click.option(
+    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the sampling."
+)
 @output_options
 def command(
     model_dir: Path,
@@ -50,37 +77,31 @@ def command(
     system: str | None,
     raw: bool,
     max_tokens: int,
-    temperature: float,
-    top_p: float,
-    seed: int,
     out: Output,
-) -> None:
+    **sampling: Any,
+) -> Reply:
     """Generate text with a compiled library.
 
     DIR holds the parameters and the configuration the library was compiled for.
     """
     if system is not None and raw:
         raise click.UsageError("--system and --raw exclude each other", click.get_current_context())
-    from mlc_compile.runtime.chat import Chat
+    from mlc_compile.runtime.chat import ChatSession, Reply
+    from mlc_compile.runtime.sampling import Sampling
 
     text = sys.stdin.read() if prompt == "-" else prompt
-    chat = Chat.load(library, model_dir)
+    session = ChatSession.load(library, model_dir, system=system)
     pieces = []
-    for piece in chat.generate(
-        text,
-        system=system,
-        raw=raw,
-        max_tokens=max_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        seed=seed,
+    for piece in session.generate(
+        text, raw=raw, max_tokens=max_tokens, sampling=Sampling(**sampling)
     ):
         pieces.append(piece)
         if not out.as_json:
             click.echo(piece, nl=False)
-    stats = chat.stats()
+    reply = Reply("".join(pieces), session.stats)
     if out.as_json:
-        out.json({"text": "".join(pieces), **stats.to_json()})
+        out.json(reply.to_json())
     else:
         click.echo()
-        out.info(stats.to_text())
+        out.info(session.stats.to_text())
+    return reply

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from mlc_compile.cli._output import Output, examples, output_options
-from mlc_compile.cli._params import MODEL_DIR, existing, library_option
+from mlc_compile.cli._params import MODEL_DIR, OUT_FILE, existing, library_option
 
 
 @click.command(
@@ -15,6 +15,8 @@ from mlc_compile.cli._params import MODEL_DIR, existing, library_option
     epilog=examples(
         "mlc_compile verify out --lib out/model.so --reference ./SmolLM2-135M-Instruct",
         "mlc_compile verify out --lib out/model.so --reference model.gguf --json > parity.json",
+        "mlc_compile verify out --lib out/model.so --reference model.gguf --write-golden out.npz",
+        "mlc_compile verify out --lib out/model.so --reference out.npz",
     ),
 )
 @click.argument("model_dir", metavar="DIR", type=MODEL_DIR)
@@ -23,7 +25,14 @@ from mlc_compile.cli._params import MODEL_DIR, existing, library_option
     "--reference",
     type=existing(),
     required=True,
-    help="Checkpoint to compare with (run by transformers), or a file of stored logits.",
+    help="Checkpoint to compare with, or a file of stored logits (.npz).",
+)
+@click.option(
+    "--engine",
+    type=click.Choice(["auto", "transformers", "numpy"]),
+    default="auto",
+    show_default=True,
+    help="What runs the checkpoint in float32; auto takes transformers where it is installed.",
 )
 @click.option(
     "--decode-steps",
@@ -32,21 +41,57 @@ from mlc_compile.cli._params import MODEL_DIR, existing, library_option
     show_default=True,
     help="Tokens decoded one by one and compared.",
 )
+@click.option(
+    "--original",
+    is_flag=True,
+    help="Also report the quantisation loss: stored weights against the checkpoint's own.",
+)
+@click.option(
+    "--thorough",
+    is_flag=True,
+    help="Also what takes the reference minutes: the whole context, a large window's wrap.",
+)
+@click.option(
+    "--write-golden",
+    type=OUT_FILE,
+    help="Store the reference's logits, for machines without the checkpoint.",
+)
 @output_options
 def command(
-    model_dir: Path, library: Path, reference: Path, decode_steps: int, out: Output
+    model_dir: Path,
+    library: Path,
+    reference: Path,
+    engine: str,
+    decode_steps: int,
+    original: bool,
+    thorough: bool,
+    write_golden: Path | None,
+    out: Output,
 ) -> None:
     """Compare a library's logits with a reference model's.
 
     Exit 1 when a threshold is missed. Covers prefill, chunked prefill, decode, a ragged batch,
-    fork and rollback, and the wrap of a sliding window. Reports NMSE, maximum error, KL
-    divergence and top-1 agreement.
+    batch_verify, fork and rollback, the wrap of a sliding window and the end of the context.
+    Reports NMSE, maximum error, KL divergence and top-1 agreement.
+
+    The reference computes with the stored weights, dequantised to float32, so that quantisation
+    loss is not in the comparison; --original reports it.
     """
     from mlc_compile.errors import CheckFailedError
     from mlc_compile.runtime.verify import verify
 
     with out.progress() as progress:
-        report = verify(model_dir, library, reference, decode_steps=decode_steps, progress=progress)
+        report = verify(
+            model_dir,
+            library,
+            reference,
+            decode_steps=decode_steps,
+            progress=progress,
+            engine=engine,
+            original=original,
+            thorough=thorough,
+            write_golden=write_golden,
+        )
     out.result(report)
     if report.failures:
         raise CheckFailedError(f"verify missed its thresholds: {'; '.join(report.failures)}")

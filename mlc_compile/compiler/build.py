@@ -56,8 +56,8 @@ class CompileReport:
 
     def to_text(self) -> str:
         lines = [
-            f"{self.library}: {format_bytes(self.nbytes)}, {self.kernels} kernels for {self.target}, "
-            f"{self.seconds:.1f} s",
+            f"{self.library}: {format_bytes(self.nbytes)}, {self.kernels} kernels "
+            f"for {self.target}, {self.seconds:.1f} s",
             self.plan.to_text(),
         ]
         return "\n".join(lines)
@@ -76,8 +76,8 @@ def compile_library(
 ) -> CompileReport:
     """Compile the model library of a configuration.
 
-    source: a directory with mlc-chat-config.json, or that file. overrides: sizes of CompileConfig that
-    replace the configuration's. Nothing is written unless everything succeeded.
+    source: a directory with mlc-chat-config.json, or that file. overrides: sizes of CompileConfig
+    that replace the configuration's. Nothing is written unless everything succeeded.
 
     Raises:
         InputError: a bad configuration, target, output name or option, or a plan above `budget`.

@@ -79,14 +79,18 @@ def load_plan_inputs(
 def _resolve(model: Model, sizes: Mapping[str, int], overrides: Mapping[str, int]) -> CompileConfig:
     _check_keys(overrides)
     merged: dict[str, Any] = {**sizes, **overrides}
-    # One window replaces the other; what follows from the old one is chosen anew unless it is given.
+    # One window replaces the other; what follows from the old one is chosen anew unless it is
+    # given.
     if overrides.get("context_window_size", -1) > 0 and "sliding_window_size" not in overrides:
         merged["sliding_window_size"] = None
     if overrides.get("sliding_window_size", -1) > 0 and "context_window_size" not in overrides:
         merged["context_window_size"] = None
     if {"context_window_size", "sliding_window_size"} & overrides.keys():
-        limit = max(v for k in ("context_window_size", "sliding_window_size")
-                    if (v := merged[k]) is not None)
+        limit = max(
+            v
+            for k in ("context_window_size", "sliding_window_size")
+            if (v := merged[k]) is not None
+        )
         if "prefill_chunk_size" not in overrides:
             merged["prefill_chunk_size"] = min(sizes["prefill_chunk_size"], limit)
         if "attention_sink_size" not in overrides:

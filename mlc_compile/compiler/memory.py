@@ -1,10 +1,11 @@
 """The memory planner: exact bytes for weights, cache and workspace, from numbers alone.
 
-`estimate_plan` needs no TVM and no weights; `static_workspace` reads what the compiler really planned.
-They must agree within 5 % (tests/compiler/test_memory.py), and the static plan is the one that a library carries.
+`estimate_plan` needs no TVM and no weights; `static_workspace` reads what the compiler really
+planned. They must agree within 5 % (tests/compiler/test_memory.py), and the static plan is the one
+that a library carries.
 
-    weights    every stored parameter
-    kv_cache   pages of 16 tokens x layers x 2 x kv heads x head dim x bytes, for every sequence of the batch,
+    weights    every stored parameter kv_cache   pages of 16 tokens x layers x 2 x kv heads x head
+    dim x bytes, for every sequence of the batch,
                and the cache's own buffers for one prefill chunk (q, k, v, output, log-sum-exp)
     workspace  storages of the transformer stack and of the logits at the declared upper bounds
     reserve    what the runtime takes beside these (per target)
@@ -28,8 +29,8 @@ if TYPE_CHECKING:
     from tvm.ir import IRModule
 
 PLANNED = ("prefill_tokens", "decode_tokens", "prefill", "decode", "batch_prefill", "batch_decode")
-"""The functions that generation calls. `batch_verify` and `get_logits` return logits of as many rows as their
-caller gives them, which is the caller's to plan."""
+"""The functions that generation calls. `batch_verify` and `get_logits` return logits of as many
+rows as their caller gives them, which is the caller's to plan."""
 
 PAGE_TOKENS = 16  # notes/tvm.md: the page size is fixed in the attention kernels
 
@@ -90,8 +91,9 @@ def kv_cache_bytes(model: Model, dtype: str, config: CompileConfig) -> int:
 class _StoragePool:
     """TVM's StaticPlanBlockMemory in numbers: which storage the next tensor gets.
 
-    A tensor takes the smallest free storage that holds it; if none does, the largest free one is enlarged; a
-    storage more than 16 times larger or smaller is not considered (TVM 0.27, static_plan_block_memory).
+    A tensor takes the smallest free storage that holds it; if none does, the largest free one is
+    enlarged; a storage more than 16 times larger or smaller is not considered (TVM 0.27,
+    static_plan_block_memory).
     """
 
     _MATCH_RANGE = 16
@@ -121,14 +123,16 @@ class _StoragePool:
         return len(self.storages) - 1
 
     def step(self, outputs: list[int], inputs: list[int]) -> list[int]:
-        """One kernel: its outputs' storages are taken while its inputs' are still held, then these are freed."""
+        """One kernel: its outputs' storages are taken while its inputs' are still held, then these
+        are freed."""
         taken = [self.take(size) for size in outputs]
         self.free.extend(inputs)
         return taken
 
 
 def _stack_workspace(model: Model, row_bytes: int) -> int:
-    """Storages of the transformer stack with every fusion on; row_bytes = rows x bytes of an element."""
+    """Storages of the transformer stack with every fusion on; row_bytes = rows x bytes of an
+    element."""
     c = model.config
     hidden = row_bytes * c.hidden_size
     heads = row_bytes * c.num_attention_heads * c.head_dim
@@ -183,9 +187,10 @@ def estimate_plan(
 def static_workspace(mod: IRModule, bounds: Mapping[str, int]) -> dict[str, int]:
     """Bytes that each Relax function allocates after the phase plan_memory, callees included.
 
-    Planned storages are constants; results, which are handed out and not planned, are counted at `bounds`.
+    Planned storages are constants; results, which are handed out and not planned, are counted at
+    `bounds`.
     """
-    from tvm import relax
+    from tvm import DataType, relax
     from tvm.ir import GlobalVar
 
     own: dict[str, int] = {}
@@ -208,7 +213,7 @@ def static_workspace(mod: IRModule, bounds: Mapping[str, int]) -> dict[str, int]
                     sizes.append(math.prod(_value(e, bounds) for e in value.args[0].values))
                 elif operator == "relax.builtin.alloc_tensor":
                     elements = math.prod(_value(e, bounds) for e in value.args[0].values)
-                    sizes.append(elements * numpy_dtype(str(value.ty.dtype)).itemsize)
+                    sizes.append(elements * int(DataType(str(value.ty.dtype)).bits) // 8)
         own[name], calls[name] = sum(sizes), callees
 
     def total(name: str) -> int:
@@ -242,9 +247,10 @@ def check_budget(plan: MemoryPlan, budget: int | None) -> None:
         return
     parts = ", ".join(f"{k} {format_bytes(v)}" for k, v in plan.to_json().items() if k != "total")
     raise InputError(
-        f"the plan needs {format_bytes(plan.total)} and the budget is {format_bytes(budget)} ({parts})",
-        hint="lower --context-window-size, --max-batch-size or --prefill-chunk-size, take a smaller "
-        "scheme, or let `mlc_compile plan --fit --budget ...` choose",
+        f"the plan needs {format_bytes(plan.total)} and the budget is {format_bytes(budget)} "
+        f"({parts})",
+        hint="lower --context-window-size, --max-batch-size or --prefill-chunk-size, take a "
+        "smaller scheme, or let `mlc_compile plan --fit --budget ...` choose",
     )
 
 

@@ -1,4 +1,5 @@
-"""The library's `_metadata`: MLC's fields, the compiled-program artifact, and ours (notes/mlc-format.md)."""
+"""The library's `_metadata`: MLC's fields, the compiled-program artifact, and ours
+(notes/mlc-format.md)."""
 
 from __future__ import annotations
 
@@ -104,8 +105,12 @@ def build_metadata(
 def config_fingerprint(model: Model, scheme: QuantScheme) -> str:
     """sha256 over everything that fixes the graph's shapes and numbers, window sizes apart."""
     c = model.config
-    rope = {"kind": c.rope.kind, "theta": c.rope.theta, "rotary_dim": c.rope.rotary_dim,
-            "params": dict(c.rope.params)}
+    rope = {
+        "kind": c.rope.kind,
+        "theta": c.rope.theta,
+        "rotary_dim": c.rope.rotary_dim,
+        "params": dict(c.rope.params),
+    }
     numbers = {
         "model_type": c.model_type,
         "scheme": scheme.name,

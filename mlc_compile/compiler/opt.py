@@ -1,7 +1,8 @@
 """`--opt`: a level, or a level's switches changed one by one ("O2" or "fuse_norm=0;fuse_gated=0").
 
-O0 switches every fusing pass off: TVM's generic lowering of each operation, the slow reference route.
-O1 fuses what would otherwise materialise weights (linear, embedding); O2, the default, and O3 all.
+O0 switches every fusing pass off: TVM's generic lowering of each operation, the slow reference
+route. O1 fuses what would otherwise materialise weights (linear, embedding); O2, the default, and
+O3 all.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The compiler's phases by name, from exported Relax to what code generation takes.
 
-Each phase is a list of passes; `--debug-dump` writes the module after each, and an `--opt` switch turns a
-fusing pass off (the operation then takes TVM's generic, slow and independent route).
+Each phase is a list of passes; `--debug-dump` writes the module after each, and an `--opt` switch
+turns a fusing pass off (the operation then takes TVM's generic, slow and independent route).
 """
 
 from __future__ import annotations
@@ -45,8 +45,11 @@ class Phase:
     passes: Sequence[Pass]
 
 
-def graph_phases(target: Target, kernels: Kernels, config: CompileConfig, opt: OptFlags) -> list[Phase]:
-    """Exported module -> a module whose memory is planned (its storages are what memory.py reads)."""
+def graph_phases(
+    target: Target, kernels: Kernels, config: CompileConfig, opt: OptFlags
+) -> list[Phase]:
+    """Exported module -> a module whose memory is planned (its storages are what memory.py
+    reads)."""
     from tvm import tirx
 
     fusing = [
@@ -115,7 +118,8 @@ class PhaseRunner:
         self._number: Iterator[int] = iter(range(1, 100))
 
     def run(self, mod: IRModule, phases: Sequence[Phase]) -> IRModule:
-        """The module after all `phases`; each is dumped as NN_name.py when a dump folder was given."""
+        """The module after all `phases`; each is dumped as NN_name.py when a dump folder was
+        given."""
         for phase in phases:
             if self.progress is not None:
                 self.progress(phase.name)

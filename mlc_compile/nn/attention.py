@@ -41,10 +41,13 @@ class GroupedQueryAttention(nn.Module):
         return self.o_proj(op.reshape(out, (n, q * d)))
 
 
-def attend(cache: PagedKVCache, layer: int, qkv: Tensor, *, num_q_heads: int, scale: float) -> Tensor:
+def attend(
+    cache: PagedKVCache, layer: int, qkv: Tensor, *, num_q_heads: int, scale: float
+) -> Tensor:
     """Rotate q and k, append k and v to the cache, attend: [n, q + 2 kv, d] -> [n, q, d].
 
-    The same runtime call as PagedKVCache.attention_with_fused_qkv without its detour over four dimensions.
+    The same runtime call as PagedKVCache.attention_with_fused_qkv without its detour over four
+    dimensions.
     """
     n, _, d = qkv.shape
     call = relax.call_dps_packed(

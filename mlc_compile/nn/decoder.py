@@ -1,7 +1,8 @@
-"""The one assembler: a `models.spec.Model` becomes a module tree whose parameters are its parameters.
+"""The one assembler: a `models.spec.Model` becomes a module tree whose parameters are its
+parameters.
 
-    hidden -> input norm -> attention -> + -> post-attention norm -> MLP -> +     (each layer)
-         \\_______________________________/ \\__________________________/
+hidden -> input norm -> attention -> + -> post-attention norm -> MLP -> +     (each layer)
+     \\_______________________________/ \\__________________________/
 """
 
 from __future__ import annotations
@@ -110,7 +111,5 @@ def build_decoder(model: Model, factory: LayerFactory) -> Decoder:
         norm("model.norm"),
     )
     head = specs.get("lm_head.weight")
-    lm_head = (
-        None if head is None else factory.linear(head, bias=False, out_dtype="float32")
-    )
+    lm_head = None if head is None else factory.linear(head, bias=False, out_dtype="float32")
     return Decoder(body, lm_head)

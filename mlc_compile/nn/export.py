@@ -1,11 +1,13 @@
 """The exported functions of a model library: the decoder ABI, defined here and nowhere else.
 
-Names and signatures are those that web-llm and the MLC runtimes look up (notes/mlc-format.md, section 4);
-`prefill_tokens`/`decode_tokens` go from token ids to logits in one call. H is the hidden size, V the
-vocabulary, dt the model dtype, n tokens, b sequences; `params` is one packed tuple in metadata order.
+Names and signatures are those that web-llm and the MLC runtimes look up (notes/mlc-format.md,
+section 4); `prefill_tokens`/`decode_tokens` go from token ids to logits in one call. H is the
+hidden size, V the vocabulary, dt the model dtype, n tokens, b sequences; `params` is one packed
+tuple in metadata order.
 
-The transformer stack is emitted twice, for any number of rows and for exactly one, and every exported
-function calls one of the two: a library holds each layer's code twice instead of twelve times.
+The transformer stack is emitted twice, for any number of rows and for exactly one, and every
+exported function calls one of the two: a library holds each layer's code twice instead of twelve
+times.
 """
 
 from __future__ import annotations
@@ -41,8 +43,8 @@ class Arg:
 class Exporter:
     """Emits the functions of one decoder into a Relax module.
 
-    `params` fixes the order and the types of the packed tuple; a decoder whose parameters differ from it
-    in name, shape or dtype is a bug and raises AssertionError.
+    `params` fixes the order and the types of the packed tuple; a decoder whose parameters differ
+    from it in name, shape or dtype is a bug and raises AssertionError.
     """
 
     def __init__(self, decoder: Decoder, params: Sequence[StoredParam], dtype: str) -> None:
@@ -71,7 +73,7 @@ class Exporter:
         self.stack_one = self._stack(STACK_ONE, 1)
 
         ids = Arg("input_ids", ("seq_len",), "int32")
-        hidden = Arg("hidden_states", ("seq_len", h), dt)
+        states_arg = Arg("hidden_states", ("seq_len", h), dt)
         positions = Arg("logit_positions", ("batch_size",), "int32")
         one = Arg("input_embed", (1, 1, h), dt)
         prompt = Arg("input_embed", (1, "seq_len", h), dt)
@@ -81,62 +83,48 @@ class Exporter:
         define = self._define
         decoder, rows, one_row = self.decoder, self._rows, self._one_row
         define("embed", [ids], lambda x: decoder.embed(x), cache=False)
-        define("get_logits", [hidden], lambda x: decoder.logits(x), cache=False)
+        define("get_logits", [states_arg], lambda x: decoder.logits(x), cache=False)
         define(
             "batch_select_last_hidden_states",
-            [hidden, positions],
-            lambda x, at: op.take(x, at, axis=0),
+            [states_arg, positions],
+            _select_rows,
             cache=False,
             params=False,
         )
 
-        def last_states(x: Tensor, cache: relax.Var) -> Tensor:
-            return _last_row(rows(x, cache))
-
-        def selected(x: Tensor, at: Tensor, cache: relax.Var) -> Tensor:
-            return op.take(rows(x, cache), at, axis=0)
-
-        # (name, arguments, hidden states [m, H] of the result, leading shape of the result)
-        stacks: list[tuple[str, list[Arg], Callable[..., Tensor], Callable[[Tensor], list[object]]]]
-        stacks = [
-            ("prefill", [prompt], last_states, lambda y: [1, 1]),
-            ("decode", [one], one_row, lambda y: [1, 1]),
-            ("batch_prefill", [ragged, positions], selected, lambda y: [1, y.shape[0]]),
-            ("batch_decode", [batch], rows, lambda y: [y.shape[0], 1]),
-            ("batch_verify", [ragged], rows, lambda y: [1, y.shape[0]]),
+        # name, arguments, the rows of the stack's result that the logits are of
+        Rows = Callable[..., Tensor]
+        stacks: list[tuple[str, list[Arg], Rows]] = [
+            ("prefill", [prompt], lambda x, c: _last_row(rows(x, c))),
+            ("decode", [one], one_row),
+            ("batch_prefill", [ragged, positions], lambda x, at, c: _select_rows(rows(x, c), at)),
+            ("batch_decode", [batch], rows),
+            ("batch_verify", [ragged], rows),
         ]
-        for name, args, states, lead in stacks:
-            define(
-                name, args, lambda *a, f=states, s=lead: _reshape(decoder.logits(y := f(*a)), s(y))
-            )
-            if name in ("prefill", "batch_prefill"):  # MLC's to_last_hidden_states keep every row
+        for name, args, states in stacks:
+            column = name == "batch_decode"  # [b, 1, ...]; all others are [1, rows, ...]
 
-                def every(x: Tensor, *rest: object) -> Tensor:
-                    y = rows(x, rest[-1])
-                    return _reshape(y, [1, y.shape[0]])
+            def logits(*a: Tensor, f: Rows = states, column: bool = column) -> Tensor:
+                return _unflatten(decoder.logits(f(*a)), column)
 
-                define(f"{name}_to_last_hidden_states", args[:1], every)
-            else:
-                define(
-                    f"{name}_to_last_hidden_states",
-                    args,
-                    lambda *a, f=states, s=lead: _reshape(y := f(*a), s(y)),
-                )
-        define(
-            "prefill_tokens",
-            [ids],
-            lambda x, c: _reshape(decoder.logits(last_states(decoder.embed(x), c)), [1, 1]),
-        )
-        define(
-            "decode_tokens",
-            [Arg("input_ids", (1,), "int32")],
-            lambda x, c: _reshape(decoder.logits(one_row(decoder.embed(x), c)), [1, 1]),
-        )
+            def hidden_states(x: Tensor, c: relax.Var, column: bool = column) -> Tensor:
+                return _unflatten(rows(x, c), column)
+
+            define(name, args, logits)
+            define(f"{name}_to_last_hidden_states", args[:1], hidden_states)
+        tokens_of = {"prefill": ids, "decode": Arg("input_ids", (1,), "int32")}
+        for name, _, states in stacks[:2]:
+
+            def from_tokens(x: Tensor, c: relax.Var, f: Rows = states) -> Tensor:
+                return _unflatten(decoder.logits(f(decoder.embed(x), c)), column=False)
+
+            define(f"{name}_tokens", [tokens_of[name]], from_tokens)
         self._create_kv_cache(create_cache)
         return self.builder.finalize()
 
     def _stack(self, name: str, rows: int | str) -> relax.GlobalVar:
-        """Private function (hidden dt[rows, H], cache, params) -> dt[rows, H] after the final norm."""
+        """Private function (hidden dt[rows, H], cache, params) -> dt[rows, H] after the final
+        norm."""
         extent = tirx.Var(rows, "int64") if isinstance(rows, str) else rows
         ty = relax.TensorType([extent, self.hidden_size], self.dtype)
         x, cache = relax.Var("hidden_states", ty), relax.Var("paged_kv_cache", relax.AnyType())
@@ -144,7 +132,9 @@ class Exporter:
         with self.builder.function(name, [x, cache, packed], private=False):
             with self.builder.dataflow():
                 self._bind(packed)
-                y = self.decoder.hidden_states(Tensor(_expr=x), PagedKVCache(_expr=cache, _name="paged_kv_cache"))
+                y = self.decoder.hidden_states(
+                    Tensor(_expr=x), PagedKVCache(_expr=cache, _name="paged_kv_cache")
+                )
                 out = self.builder.emit_output(y._expr)
             return self.builder.emit_func_output(out)
 
@@ -169,7 +159,8 @@ class Exporter:
         cache: bool = True,
         params: bool = True,
     ) -> None:
-        """Exported function (args..., cache?, params?) -> body's tensor, with the cache when it has one."""
+        """Exported function (args..., cache?, params?) -> body's tensor, with the cache when it has
+        one."""
         variables: dict[str, tirx.Var] = {}
 
         def extent(e: int | str) -> int | tirx.Var:
@@ -195,13 +186,15 @@ class Exporter:
         return relax.Var("packed_params", relax.TupleType(types))
 
     def _bind(self, packed: relax.Var) -> None:
-        """Make the decoder's parameters the fields of this function's tuple; unused ones are dropped later."""
+        """Make the decoder's parameters the fields of this function's tuple; unused ones are
+        dropped later."""
         self._packed = packed
         for i, parameter in enumerate(self.parameters):
             parameter._expr = self.builder.emit(relax.TupleGetItem(packed, i))
 
     def _create_kv_cache(self, create_cache: Callable[..., PagedKVCache]) -> None:
-        """create_tir_paged_kv_cache(max_batch, max_total_seq, prefill_chunk, page_size, sliding)."""
+        """create_tir_paged_kv_cache(max_batch, max_total_seq, prefill_chunk, page_size,
+        sliding)."""
         names = (
             "max_batch_size",
             "max_total_seq_len",
@@ -259,19 +252,27 @@ def _flatten(x: Tensor) -> Tensor:
     return op.reshape(x, (a * b, width))
 
 
-def _reshape(x: Tensor, lead: list[object]) -> Tensor:
-    return op.reshape(x, (*lead, x.shape[-1]))
+def _unflatten(x: Tensor, column: bool) -> Tensor:
+    """[m, width] -> [m, 1, width] (column) or [1, m, width]."""
+    m, width = x.shape
+    return op.reshape(x, (m, 1, width) if column else (1, m, width))
+
+
+def _select_rows(x: Tensor, positions: Tensor) -> Tensor:
+    """Rows of x [n, H] at positions int32 [b] -> [b, H]."""
+
+    def select(rows: te.Tensor, at: te.Tensor) -> te.Tensor:
+        shape = (at.shape[0], rows.shape[1])
+        return te.compute(shape, lambda i, j: rows[at[i], j], name="select_rows")
+
+    return op.tensor_expr_op(select, "select_rows", [x, positions])
 
 
 def _last_row(x: Tensor) -> Tensor:
     """[n, H] -> [1, H]."""
-    n, width = x.shape
 
     def last(rows: te.Tensor) -> te.Tensor:
-        return te.compute(
-            (tirx.IntImm("int64", 1), tirx.IntImm("int64", int(width))),
-            lambda i, j: rows[rows.shape[0] - 1 + i, j],
-            name="last_row",
-        )
+        shape = (tirx.IntImm("int64", 1), rows.shape[1])
+        return te.compute(shape, lambda i, j: rows[rows.shape[0] - 1 + i, j], name="last_row")
 
     return op.tensor_expr_op(last, "last_row", [x])

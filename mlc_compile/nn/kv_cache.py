@@ -2,8 +2,9 @@
 
 - `create_kv_cache` emits the runtime's cache constructor with the kernels of one target.
 - RoPE is a table of inverse frequencies, so every RoPE kind takes the same kernels.
-- Full attention or one sliding window for all layers, decided when compiling: the caller's
-  `support_sliding_window` is not consulted, because kernels of one kind cannot serve the other.
+- Full attention or one sliding window for all layers, decided when compiling. The caller's
+  `support_sliding_window` and `page_size` are not consulted: kernels made for one choice cannot
+  serve another.
 """
 
 from __future__ import annotations
@@ -47,10 +48,16 @@ def create_kv_cache(
 ) -> PagedKVCache:
     """Emit a paged KV cache; to be called in a method exported through `nn.spec`.
 
-    The five symbolic sizes are the arguments of MLC's `create_tir_paged_kv_cache`. The runtime must
-    be given a `page_size` of 16. Where `sliding_window` is set, the runtime must enable that window
-    and sink for each sequence (`attention_kv_cache_enable_sliding_window_for_seq`) before its first
-    token; with full attention the runtime refuses that call.
+    The five symbolic sizes are the arguments of MLC's `create_tir_paged_kv_cache`. Where
+    `sliding_window` is set, the caller of the library must enable that window and sink for each
+    sequence (`attention_kv_cache_enable_sliding_window_for_seq`) before its first token, or the
+    cache grows without bound; with full attention the runtime refuses that call.
+
+    Exactness of the window: distance < window holds for every token, however the text is cut into
+    chunks, as long as the runtime kept the tokens. It does not after `popn` of n > 1 tokens of a
+    text longer than the window (n - 1 of the oldest are gone; enabling a window larger by n - 1
+    keeps them), nor where the window is enabled on a sequence that was forked before (its shared
+    prefix never slides).
 
     Args:
         kernels: makes the kernels of the target for these numbers.
@@ -63,7 +70,9 @@ def create_kv_cache(
         InputError: the numbers do not fit together, or the table's dtype or rank is wrong.
     """
     if inv_freq.dtype != np.float32 or inv_freq.ndim != 1:
-        raise InputError(f"inv_freq must be float32 of rank 1, got {inv_freq.dtype} {inv_freq.shape}")
+        raise InputError(
+            f"inv_freq must be float32 of rank 1, got {inv_freq.dtype} {inv_freq.shape}"
+        )
     spec = KVCacheSpec(
         num_layers=num_layers,
         num_qo_heads=num_qo_heads,
@@ -93,7 +102,7 @@ def create_kv_cache(
     table = relax.prim_value(0) if window else relax.const(inv_freq, "float32")
     args = [
         relax.ShapeExpr(
-            [max_batch_size, max_total_seq_len, prefill_chunk_size, page_size, int(window)]
+            [max_batch_size, max_total_seq_len, prefill_chunk_size, PAGE_SIZE, int(window)]
         ),
         relax.ShapeExpr([0, num_layers]),
         relax.prim_value(num_qo_heads),

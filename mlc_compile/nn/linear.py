@@ -1,6 +1,7 @@
 """Linear layers and embeddings on plain (unquantised) weights, and how a decoder asks for them.
 
-Activations are two-dimensional everywhere inside a decoder: [n, features], n tokens of any sequences.
+Activations are two-dimensional everywhere inside a decoder: [n, features], n tokens of any
+sequences.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ class LinearModule(Protocol):
 
 
 class EmbeddingModule(Protocol):
-    """ids int32 [n] -> [n, hidden]; `logits` is the tied head, [n, hidden] -> float32 [n, vocab]."""
+    """ids int32 [n] -> [n, hidden]; `logits` is the tied head, [n, hidden] -> float32 [n,
+    vocab]."""
 
     def forward(self, ids: Tensor) -> Tensor: ...
 
@@ -32,7 +34,9 @@ class LayerFactory(Protocol):
 
     dtype: str
 
-    def linear(self, weight: ParamSpec, *, bias: bool, out_dtype: str | None = None) -> nn.Module: ...
+    def linear(
+        self, weight: ParamSpec, *, bias: bool, out_dtype: str | None = None
+    ) -> nn.Module: ...
 
     def embedding(self, weight: ParamSpec) -> nn.Module: ...
 

@@ -13,7 +13,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class GatedMLP(nn.Module):
-    """down(act(gate(x)) * up(x)); gate and up are one fused matrix (Shazeer, "GLU Variants", 2020)."""
+    """down(act(gate(x)) * up(x)); gate and up are one fused matrix (Shazeer, "GLU Variants",
+    2020)."""
 
     def __init__(self, gate_up_proj: nn.Module, down_proj: nn.Module, activation: str) -> None:
         self.gate_up_proj = gate_up_proj

@@ -1,6 +1,7 @@
 """Load a compiled library with its parameters and drive its functions: the local runtime.
 
-Tokens in, float32 logits out. Sequences live in the library's paged KV cache and are named by integers.
+Tokens in, float32 logits out. Sequences live in the library's paged KV cache and are named by
+integers.
 """
 
 from __future__ import annotations
@@ -56,7 +57,9 @@ class Library:
             self.vm = VirtualMachine(tvm.runtime.load_module(str(path.resolve())), self.device)
             self.metadata: dict[str, Any] = json.loads(str(self.vm["_metadata"]()))
         except (RuntimeError, ValueError, AttributeError, OSError) as error:
-            reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+            reason = (
+                str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+            )
             raise InputError(f"{path}: not a loadable model library: {reason}") from error
         self.path = path
         self.kv = {name: tvm.get_global_func(f"vm.builtin.{name}") for name in _KV}
@@ -70,6 +73,11 @@ class Library:
 
     def has(self, name: str) -> bool:
         return name in self.metadata["mlc_compile"]["functions"]
+
+    def function(self, name: str) -> Any:
+        """An exported function; in-place helpers are kernels, which the virtual machine itself does
+        not list."""
+        return self.vm.module.get_function(name, query_imports=True)
 
     def tensor(self, array: NDArray[Any]) -> Any:
         return self._tvm.runtime.tensor(np.ascontiguousarray(array), self.device)
@@ -119,6 +127,12 @@ def _to_tensor(library: Library, array: NDArray[Any]) -> Any:
     return tensor.copyfrom(array)
 
 
+def _host(tensor: Any) -> Logits:
+    """A device tensor of float32 as an array of its own."""
+    array: Logits = tensor.numpy()
+    return array
+
+
 @dataclass
 class Engine:
     """One library with its parameters and one KV cache."""
@@ -131,12 +145,16 @@ class Engine:
     sink: int
 
     @classmethod
-    def load(
-        cls, library: Path, directory: Path, *, max_batch: int | None = None
-    ) -> Engine:
+    def load(cls, library: Path, directory: Path, *, max_batch: int | None = None) -> Engine:
         """Load both and make a cache for `max_batch` sequences (default: the library's own)."""
         lib = Library(library)
-        params = bind_params(lib, directory)
+        return cls.with_params(lib, bind_params(lib, directory), max_batch=max_batch)
+
+    @classmethod
+    def with_params(
+        cls, lib: Library, params: list[Any], *, max_batch: int | None = None
+    ) -> Engine:
+        """As `load`, from parameters in the library's order."""
         meta = lib.metadata
         batch = max_batch or meta["max_batch_size"]
         window = meta["sliding_window_size"]
@@ -176,7 +194,9 @@ class Engine:
         """Forget the last `count` tokens."""
         self.library.kv["kv_state_popn"](self.cache, sequence, count)
 
-    def _forward(self, name: str, sequences: Sequence[int], lengths: Sequence[int], *args: Any) -> Any:
+    def _forward(
+        self, name: str, sequences: Sequence[int], lengths: Sequence[int], *args: Any
+    ) -> Any:
         lib = self.library
         lib.kv["kv_state_begin_forward"](self.cache, lib.shape(*sequences), lib.shape(*lengths))
         out = lib.vm[name](*args, self.cache, self.params)
@@ -193,12 +213,12 @@ class Engine:
             ids = self.library.tensor(np.asarray(part, np.int32))
             logits = self._forward("prefill_tokens", [sequence], [len(part)], ids)
         assert logits is not None
-        return np.asarray(logits.numpy()).reshape(-1)
+        return _host(logits).reshape(-1)
 
     def decode(self, sequence: int, token: int) -> Logits:
         """Logits [vocab] after one more token."""
         ids = self.library.tensor(np.asarray([token], np.int32))
-        return np.asarray(self._forward("decode_tokens", [sequence], [1], ids).numpy()).reshape(-1)
+        return _host(self._forward("decode_tokens", [sequence], [1], ids)).reshape(-1)
 
     def embed(self, tokens: Sequence[int]) -> Any:
         """Embeddings dt[n, hidden] as a device tensor."""
@@ -213,20 +233,20 @@ class Engine:
         x = x._create_view([1, *x.shape])
         at = self.library.tensor(np.cumsum(lengths).astype(np.int32) - 1)
         out = self._forward("batch_prefill", list(parts), lengths, x, at)
-        return np.asarray(out.numpy())[0]
+        return _host(out)[0]
 
     def batch_decode(self, tokens: Mapping[int, int]) -> Logits:
         """Logits [b, vocab] after one more token of each sequence."""
         x = self.embed(list(tokens.values()))
         x = x._create_view([x.shape[0], 1, x.shape[1]])
         out = self._forward("batch_decode", list(tokens), [1] * len(tokens), x)
-        return np.asarray(out.numpy())[:, 0]
+        return _host(out)[:, 0]
 
     def verify_tokens(self, sequence: int, tokens: Sequence[int]) -> Logits:
         """Logits [n, vocab] after every one of `tokens` (at most a chunk)."""
         x = self.embed(tokens)
         x = x._create_view([1, *x.shape])
-        return np.asarray(self._forward("batch_verify", [sequence], [len(tokens)], x).numpy())[0]
+        return _host(self._forward("batch_verify", [sequence], [len(tokens)], x))[0]
 
     def generate(
         self,

@@ -15,7 +15,6 @@ system message can't be said in MLC's own fields; see `ConvTemplate.omit_empty_s
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
@@ -213,8 +212,7 @@ def _llama3(name: str, about: str, before_system: str, **fields: Any) -> NamedTe
         ConvTemplate(
             name=name,
             system_template=(
-                "<|start_header_id|>system<|end_header_id|>\n\n"
-                f"{before_system}{SYSTEM}<|eot_id|>"
+                f"<|start_header_id|>system<|end_header_id|>\n\n{before_system}{SYSTEM}<|eot_id|>"
             ),
             roles={
                 "user": "<|start_header_id|>user",
@@ -238,21 +236,15 @@ _TABLE = (
     _chatml(
         "smollm2",
         "SmolLM2 Instruct",
-        system_message=(
-            "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
-        ),
+        system_message=("You are a helpful AI assistant named SmolLM, trained by Hugging Face"),
     ),
     _chatml("qwen2", "Qwen2 Instruct", system_message="You are a helpful assistant."),
     _chatml(
         "qwen2.5",
         "Qwen2.5 Instruct",
-        system_message=(
-            "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
-        ),
+        system_message=("You are Qwen, created by Alibaba Cloud. You are a helpful assistant."),
     ),
-    _chatml(
-        "qwen3", "Qwen3", omit_empty_system=True, strip_reasoning_in_history=True
-    ),
+    _chatml("qwen3", "Qwen3", omit_empty_system=True, strip_reasoning_in_history=True),
     _llama3("llama-3", "Llama 3 Instruct", "", omit_empty_system=True),
     _llama3(
         "llama-3.1",
@@ -385,7 +377,7 @@ class Sample:
     def messages(self) -> list[Message]:
         """The turns with their roles; the reply that is to be generated comes last."""
         roles = itertools.cycle(("user", "assistant"))
-        return [*zip(roles, self.turns), ("assistant", None)]
+        return [*zip(roles, self.turns, strict=False), ("assistant", None)]
 
     def variables(self, facts: TokenizerFacts) -> dict[str, Any]:
         """What a chat template is called with."""
@@ -417,9 +409,7 @@ CONVERSATIONS: Final = (
         ("two  spaces\tand a tab\n\nan empty line", "- a\n  - b\n", "x = {\n    1: 2}"),
         "line one\nline two",
     ),
-    Sample(
-        "white space around", ("  padded\n", "\n padded \t", "\tpadded  "), " \n padded \n\n"
-    ),
+    Sample("white space around", ("  padded\n", "\n padded \t", "\tpadded  "), " \n padded \n\n"),
     Sample("white space around, no system", (" padded\n\n", "\n\npadded ", "\n padded")),
     Sample(
         "text that looks like a template",
@@ -501,7 +491,7 @@ class ChatTemplate:
 
 
 def _first_difference(theirs: str, ours: str) -> str:
-    at = len(os.path.commonprefix([theirs, ours]))
+    at = len(_common_prefix([theirs, ours]))
     start = max(0, at - 20)
     return (
         f"at character {at} the chat_template has {theirs[start : at + 40]!r} and the "
@@ -521,9 +511,7 @@ def derive(chat: ChatTemplate, where: str) -> Derived:
         differences = chat.differences(template, with_system=with_system)
         if differences:
             sample, where_it_differs = differences[0]
-            raise _NotExpressibleError(
-                f"in the conversation {sample.label!r}, {where_it_differs}"
-            )
+            raise _NotExpressibleError(f"in the conversation {sample.label!r}, {where_it_differs}")
     except _NotExpressibleError as reason:
         raise InputError(
             f"the chat_template of {where} can't be said as a conv_template: {reason}",
@@ -543,7 +531,9 @@ def derive(chat: ChatTemplate, where: str) -> Derived:
             f"{', '.join(template.strip_messages)}. mlc_compile does the same; with web-llm and "
             "MLC runtimes, strip it before sending."
         )
-    count = len(chat.proofs) - (0 if with_system else sum(s.system is not None for s, _ in chat.proofs))
+    count = len(chat.proofs) - (
+        0 if with_system else sum(s.system is not None for s, _ in chat.proofs)
+    )
     return Derived(_named_if_known(template), count, tuple(notes))
 
 
@@ -693,8 +683,17 @@ def _closing(text: str, special: Iterable[str]) -> str:
     return text[: len(text) - len(text[end:].lstrip())]
 
 
+def _common_prefix(texts: Sequence[str]) -> str:
+    length = 0
+    for characters in zip(*texts, strict=False):  # as long as the shortest
+        if len(set(characters)) > 1:
+            break
+        length += 1
+    return texts[0][:length]
+
+
 def _common_suffix(texts: Sequence[str]) -> str:
-    return os.path.commonprefix([text[::-1] for text in texts])[::-1]
+    return _common_prefix([text[::-1] for text in texts])[::-1]
 
 
 def _shared_ending(user: str, assistant: str, opened: str, special: Iterable[str]) -> str:
@@ -712,9 +711,7 @@ def _shared_ending(user: str, assistant: str, opened: str, special: Iterable[str
     return ""
 
 
-def _with_stripping(
-    chat: ChatTemplate, template: ConvTemplate, with_system: bool
-) -> ConvTemplate:
+def _with_stripping(chat: ChatTemplate, template: ConvTemplate, with_system: bool) -> ConvTemplate:
     """The template with the fewest stripped roles that renders everything as `chat` does."""
     for count in range(len(_ROLES) + 1):
         for roles in itertools.combinations(_ROLES, count):
@@ -724,9 +721,7 @@ def _with_stripping(
     return template
 
 
-def _with_reasoning(
-    chat: ChatTemplate, template: ConvTemplate
-) -> tuple[ConvTemplate, list[str]]:
+def _with_reasoning(chat: ChatTemplate, template: ConvTemplate) -> tuple[ConvTemplate, list[str]]:
     """The template with MLC's switch for <think> blocks set as `chat` treats them."""
     prefix = chat.facts.prefix_text(template)
     for switch in (False, True):
@@ -753,9 +748,7 @@ def _named_if_known(template: ConvTemplate) -> ConvTemplate:
     return template
 
 
-def resolve(
-    name: str, source: str | None, facts: TokenizerFacts, where: str
-) -> Derived:
+def resolve(name: str, source: str | None, facts: TokenizerFacts, where: str) -> Derived:
     """The template for `--conv-template NAME`; "auto" derives it from the chat template `source`.
 
     Without a chat template "auto" is "raw". A template asked for by name is compared with the

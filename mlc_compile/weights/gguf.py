@@ -227,9 +227,7 @@ class GgufFile:
             raise cursor.corrupt(f"{what} starts at {offset}, not a multiple of {alignment}")
         return GgufTensor(name, shape, type_name, offset, math.prod(shape) // elements * nbytes)
 
-    def read(
-        self, tensor: GgufTensor, start: int, stop: int, order: Array | None = None
-    ) -> Array:
+    def read(self, tensor: GgufTensor, start: int, stop: int, order: Array | None = None) -> Array:
         """Rows `start:stop` of a tensor, or the rows `order` names where it is given.
 
         Plain types come as they are (a view of the mapped file unless rows are reordered), block
@@ -244,8 +242,8 @@ class GgufFile:
             np.dtype(np.uint8), (*lead, tensor.nbytes // math.prod(lead)), tensor.offset
         )
         if len(tensor.shape) == 1:
-            decoded = _dequantize(blocks, tensor.type)[0]
-            return decoded[start:stop] if order is None else decoded[order]
+            vector: Array = _dequantize(blocks, tensor.type)[0]
+            return vector[start:stop] if order is None else vector[order]
         if stop == start:
             return np.empty((0, *tensor.shape[1:]), np.float32)
         return _dequantize(blocks[start:stop] if order is None else blocks[order], tensor.type)
@@ -328,7 +326,7 @@ _ROPE_FREQS = "rope_freqs.weight"
 
 
 def hf_name(gguf_name: str) -> str | None:
-    """The transformers name of a tensor: blk.3.attn_q.weight -> model.layers.3.self_attn.q_proj.weight.
+    """The transformers name of a tensor: blk.0.ffn_up.bias -> model.layers.0.mlp.up_proj.bias.
 
     None for a name that has no counterpart.
     """
@@ -367,9 +365,7 @@ class GgufReader:
         self.container = container
         self.files: tuple[Path, ...] = (container.path,)
         self.architecture = _architecture(container)
-        names = {
-            name: hf_name(name) for name in container.raw_tensors if name != _ROPE_FREQS
-        }
+        names = {name: hf_name(name) for name in container.raw_tensors if name != _ROPE_FREQS}
         unknown = sorted(name for name, found in names.items() if found is None)
         if unknown:
             raise InputError(
@@ -413,7 +409,7 @@ class GgufReader:
 
 def _architecture(container: GgufFile) -> GgufArchitecture:
     name = container.metadata.get("general.architecture")
-    if name not in ARCHITECTURES:
+    if not isinstance(name, str) or name not in ARCHITECTURES:
         raise InputError(
             f"{container.path} holds a model of the GGUF architecture {name!r}",
             hint=f"supported in GGUF files: {', '.join(ARCHITECTURES)}",
@@ -464,9 +460,7 @@ class _Keys:
         if isinstance(value, list) and value and all(item == value[0] for item in value):
             value = value[0]
         if value is None:
-            raise InputError(
-                f"{self.path} lacks the metadata key {self.prefix}{key}", hint=_USE_HF
-            )
+            raise InputError(f"{self.path} lacks the metadata key {self.prefix}{key}", hint=_USE_HF)
         if type(value) is not kind:
             raise self.unsupported(key, value)
         return value
@@ -648,7 +642,8 @@ def _llama3_divisors(theta: float, half: int, params: Mapping[str, Any]) -> Arra
         / (2 * math.pi)
     )
     smooth = np.clip((turns - low) / (high - low), 0.0, 1.0)
-    return 1.0 / ((1.0 - smooth) / params["factor"] + smooth)
+    divisors: Array = 1.0 / ((1.0 - smooth) / params["factor"] + smooth)
+    return divisors
 
 
 def generation_config(container: GgufFile) -> dict[str, Any]:

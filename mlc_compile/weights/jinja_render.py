@@ -56,9 +56,7 @@ def render(template: str, cases: Sequence[Mapping[str, Any]]) -> list[Rendering]
             check=False,
         )
     except subprocess.TimeoutExpired as error:
-        raise InputError(
-            f"the chat_template took more than {TIME_LIMIT_S} s to render"
-        ) from error
+        raise InputError(f"the chat_template took more than {TIME_LIMIT_S} s to render") from error
     if done.returncode != 0:
         last = done.stderr.decode(errors="replace").strip().rpartition("\n")[2]
         raise InputError(f"the chat_template can't be rendered: {last or 'killed'}")

@@ -163,9 +163,7 @@ def _naturals(value: Any) -> bool:
 class SafetensorsReader:
     """All the safetensors files of one checkpoint, as one set of tensors."""
 
-    def __init__(
-        self, files: Sequence[SafetensorsFile], *, index: Path | None = None
-    ) -> None:
+    def __init__(self, files: Sequence[SafetensorsFile], *, index: Path | None = None) -> None:
         """Raises InputError if two files hold a tensor of the same name."""
         self._home: dict[str, SafetensorsFile] = {}
         self._files = tuple(files)
@@ -202,9 +200,7 @@ def open_index(index: Path) -> SafetensorsReader:
         or not weight_map
         or not all(isinstance(file, str) for file in weight_map.values())
     ):
-        raise InputError(
-            f"{index} has no weight_map from tensor names to file names", hint=_AGAIN
-        )
+        raise InputError(f"{index} has no weight_map from tensor names to file names", hint=_AGAIN)
     shards = {}
     for file in sorted(set(weight_map.values())):
         # Only names beside the index: a path could reach any file of this machine.

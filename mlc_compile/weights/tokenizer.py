@@ -319,11 +319,10 @@ class GgufTokenizer:
 
     def _pre_tokenizer(self) -> PreTokenizer:
         name = self.metadata.get("tokenizer.ggml.pre")
-        if name not in PRE_TOKENIZERS:
+        if not isinstance(name, str) or name not in PRE_TOKENIZERS:
             stated = "states no pre-tokenizer" if name is None else f"has the unknown type {name!r}"
             raise InputError(
-                f"{self.path}: tokenizer.ggml.pre {stated}; known are "
-                f"{', '.join(PRE_TOKENIZERS)}",
+                f"{self.path}: tokenizer.ggml.pre {stated}; known are {', '.join(PRE_TOKENIZERS)}",
                 hint=_USE_HF,
             )
         return PRE_TOKENIZERS[name]
@@ -520,7 +519,5 @@ def load_tokenizer(data: bytes, where: str) -> LoadedTokenizer:
             )
     plain = tokenizer.encode("a", add_special_tokens=False).ids
     whole = tokenizer.encode("a", add_special_tokens=True).ids
-    before = next(
-        (i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), 0
-    )
+    before = next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), 0)
     return LoadedTokenizer(parsed, MappingProxyType(ids), tuple(whole[:before]))

@@ -9,12 +9,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from mlc_compile.quantization.scheme import QuantScheme
 from mlc_compile.targets.cpu_kernels import _vector as vec
 from mlc_compile.targets.cpu_kernels._gemv import block_start
-from mlc_compile.targets.cpu_kernels._packed import unpack
+from mlc_compile.targets.cpu_kernels._packed import fields, unpack
 from mlc_compile.targets.cpu_kernels._vector import Buffer, Expr
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
@@ -90,52 +91,71 @@ def _tile_packed_nk(
     scheme: QuantScheme,
     block: Blocking,
 ) -> None:
-    lanes, per_word, per_group = block.lanes, scheme.elems_per_word, scheme.words_per_group
+    """Rows column.. of the packed weight -> tile[:, :] in float32, transposed square by square."""
+    lanes, per_group = block.lanes, scheme.words_per_group
     words = scheme.num_words(k)
 
     with vec.serial(block.vectors) as v:
         first = vec.bind(column + v * vec.i64(lanes))
         offset = vec.bind(v * vec.i64(lanes))
 
-        def emit(word: Expr, vectors: list[Expr]) -> None:
-            """Store the elements of consecutive words, given as vectors along N, from `word` on."""
-            for i, value in enumerate(vectors):
-                if i % per_group == 0:
-                    group = tirx.floordiv(word + vec.i64(i), vec.i64(per_group))
-                    scale = vec.bind(vec.load_float_rows(q_scale, first, group, lanes))
-                    scales: dict[int, Expr] = {}
-                for field, weight in unpack(value, scheme, lanes):
-                    if field.position not in scales:
-                        factor = vec.const(field.descale, F32, lanes)
-                        scales[field.position] = vec.bind(scale * factor)
-                    at = (word + vec.i64(i)) * vec.i64(per_word) + vec.i64(field.element)
-                    vec.store(tile, [at, offset], weight * scales[field.position], lanes)
-
-        def square(word: Expr) -> list[Expr]:
-            rows = [
-                vec.bind(vec.load(q_weight, [first + vec.i64(r), word], lanes))
-                for r in range(lanes)
-            ]
-            return vec.transpose(rows, lanes)
-
-        # Squares begin at a group, so that the scale is constant over runs of words.
+        # Squares begin and end at a group boundary; a last one that would overhang is moved back.
         if lanes % per_group == 0 and words >= lanes:
-            with vec.serial(words // lanes) as chunk:
-                word = vec.bind(chunk * vec.i64(lanes))
-                emit(word, square(word))
-            left = words % lanes
-            if left:
-                emit(vec.i64(words - left), square(vec.i64(words - lanes))[lanes - left :])
+            square = vec.buffer((lanes, lanes), "uint32")
+            with vec.serial(-(-words // lanes)) as chunk:
+                start = block_start(chunk, lanes, words)
+                done = vec.bind(tirx.floordiv(chunk * vec.i64(lanes) - start, vec.i64(per_group)))
+                rows = [
+                    vec.bind(vec.load(q_weight, [first + vec.i64(r), start], lanes))
+                    for r in range(lanes)
+                ]
+                for r, value in enumerate(vec.transpose(rows, lanes)):
+                    vec.store(square, [r, 0], value, lanes)
+                with vec.serial(vec.i64(lanes // per_group) - done) as g:
+                    at = vec.bind((g + done) * vec.i64(per_group))
+                    group = tirx.floordiv(start + at, vec.i64(per_group))
+                    scale = vec.load_float_rows(q_scale, first, group, lanes)
+                    _emit_group(
+                        lambda w, at=at: vec.load(square, [at + w, 0], lanes),
+                        scale,
+                        tile,
+                        (start + at, offset),
+                        scheme,
+                        lanes,
+                    )
         else:
             with vec.serial(words // per_group) as group:
                 word = vec.bind(group * vec.i64(per_group))
-                emit(
-                    word,
-                    [
-                        vec.load_rows(q_weight, first, word + vec.i64(i), lanes)
-                        for i in range(per_group)
-                    ],
+                _emit_group(
+                    lambda w: vec.load_rows(q_weight, first, word + w, lanes),
+                    vec.load_float_rows(q_scale, first, group, lanes),
+                    tile,
+                    (word, offset),
+                    scheme,
+                    lanes,
                 )
+
+
+def _emit_group(
+    words: Callable[[Expr], Expr],
+    scale: Expr,
+    tile: Buffer,
+    at: tuple[Expr, Expr],
+    scheme: QuantScheme,
+    lanes: int,
+) -> None:
+    """Unpack one group, whose words are vectors along N, into the tile from (word, column) `at` on."""
+    word, offset = at
+    scale = vec.bind(scale)
+    scales = {
+        position: vec.bind(scale * vec.const(2.0**-position, F32, lanes))
+        for position in sorted({field.position for field in fields(scheme.bits)})
+    }
+    with vec.serial(scheme.words_per_group) as w:
+        row = vec.bind((word + w) * vec.i64(scheme.elems_per_word))
+        for field, weight in unpack(words(w), scheme, lanes):
+            scaled = weight * scales[field.position]
+            vec.store(tile, [row + vec.i64(field.element), offset], scaled, lanes)
 
 
 def _tile_packed_kn(
@@ -147,17 +167,20 @@ def _tile_packed_kn(
     scheme: QuantScheme,
     block: Blocking,
 ) -> None:
-    lanes, per_word, per_group = block.lanes, scheme.elems_per_word, scheme.words_per_group
+    """Columns column.. of the packed weight, stored [words, N] -> tile[:, :] in float32."""
+    lanes, per_group = block.lanes, scheme.words_per_group
     with vec.serial(scheme.num_groups(k)) as group, vec.serial(block.vectors) as v:
         offset = vec.bind(v * vec.i64(lanes))
-        scale = vec.bind(vec.load_float(q_scale, [group, column + offset], lanes))
-        with vec.serial(per_group) as w:
-            word = vec.bind(group * vec.i64(per_group) + w)
-            words = vec.load(q_weight, [word, column + offset], lanes)
-            for field, weight in unpack(words, scheme, lanes):
-                scaled = weight * (scale * vec.const(field.descale, F32, lanes))
-                at = word * vec.i64(per_word) + vec.i64(field.element)
-                vec.store(tile, [at, offset], scaled, lanes)
+        first = vec.bind(column + offset)
+        word = vec.bind(group * vec.i64(per_group))
+        _emit_group(
+            lambda w: vec.load(q_weight, [word + w, first], lanes),
+            vec.load_float(q_scale, [group, first], lanes),
+            tile,
+            (word, offset),
+            scheme,
+            lanes,
+        )
 
 
 def _tile_plain_nk(
@@ -235,19 +258,18 @@ def gemm(
                 for per_row in sums:
                     vec.put(per_row[v], first, lanes)
             base = vec.bind(panel * vec.i64(padded * rows))
-            with vec.serial(padded // STEP) as step:
-                for i in range(STEP):
-                    columns = [
-                        vec.bind(
-                            vec.load(tile, [step * vec.i64(STEP) + vec.i64(i), v * lanes], lanes)
-                        )
-                        for v in range(block.vectors)
-                    ]
-                    for r, per_row in enumerate(sums):
-                        at = base + step * vec.i64(STEP * rows) + vec.i64(r * STEP + i)
-                        activation = vec.bind(vec.splat(vec.load(panels, [at], 1), lanes))
-                        for total, value in zip(per_row, columns, strict=True):
-                            vec.put(total, vec.get(total, lanes) + activation * value, lanes)
+            with vec.serial(padded // STEP) as step, vec.serial(STEP) as i:
+                depth = vec.bind(step * vec.i64(STEP) + i)
+                columns = [
+                    vec.bind(vec.load(tile, [depth, v * lanes], lanes))
+                    for v in range(block.vectors)
+                ]
+                start = vec.bind(base + step * vec.i64(STEP * rows) + i)
+                for r, per_row in enumerate(sums):
+                    activation = vec.load(panels, [start + vec.i64(r * STEP)], 1)
+                    activation = vec.bind(vec.splat(activation, lanes))
+                    for total, value in zip(per_row, columns, strict=True):
+                        vec.put(total, vec.get(total, lanes) + activation * value, lanes)
             for r, per_row in enumerate(sums):
                 row = vec.bind(panel * vec.i64(rows) + vec.i64(r))
                 with T.If(row < n_rows), T.Then():

@@ -18,6 +18,9 @@ from mlc_compile.targets.cpu_kernels._vector import Buffer, Expr
 from tvm import tirx
 
 F32 = "float32"
+import os
+
+AHEAD = int(os.environ.get("AHEAD", "2048"))
 ROWS = 4  # weight rows in flight
 
 
@@ -108,6 +111,7 @@ def packed_nk(
     staged = _stage(x, k, words * per_word, lanes)
     ordered = _by_field(staged, scheme, words, lanes)
     rows = min(ROWS, n)
+    ahead = -(-AHEAD // (4 * words * rows)) * rows
 
     with vec.parallel(-(-n // rows)) as block:
         row = block_start(block, rows, n)
@@ -115,7 +119,14 @@ def packed_nk(
         for total in sums:
             vec.put(total, vec.const(0.0, F32, lanes), lanes)
 
+        if AHEAD:
+            for r in range(rows):
+                vec.prefetch(q_scale, [row + vec.i64(r + ahead), vec.i64(0)])
+
         def add(word: Expr, width: int) -> None:
+            if AHEAD:
+                for r in range(rows):
+                    vec.prefetch(q_weight, [row + vec.i64(r + ahead), word])
             streams = [
                 unpack(vec.load(q_weight, [row + vec.i64(r), word], width), scheme, width)
                 for r in range(rows)

@@ -106,14 +106,19 @@ def store_float(buffer: Buffer, index: Sequence[Expr | int], value: Expr, lanes:
 def load_rows(buffer: Buffer, row: Expr, column: Expr, lanes: int) -> Expr:
     """One element from each of ``lanes`` rows, one load each; bfloat16 as its bits."""
     dtype = str(buffer.dtype)
-    found = [
-        _bits(tirx.BufferLoad(buffer, [row + i64(r), column]), dtype, 1) for r in range(lanes)
-    ]
+    found = [_bits(tirx.BufferLoad(buffer, [row + i64(r), column]), dtype, 1) for r in range(lanes)]
     return found[0] if lanes == 1 else shuffle(found, range(lanes))
 
 
 def store(buffer: Buffer, index: Sequence[Expr | int], value: Expr, lanes: int) -> None:
     T.buffer_store(buffer, value, _indices(index, lanes, 1))
+
+
+def prefetch(buffer: Buffer, index: Sequence[Expr | int]) -> None:
+    """Start to load the cache line of one element; harmless when that lies outside the buffer."""
+    address = tirx.address_of(load(buffer, index, 1))
+    read, keep, data = (tirx.const(i, "int32") for i in (0, 3, 1))
+    T.evaluate(tirx.call_llvm_intrin("void", "llvm.prefetch.p0", address, read, keep, data))
 
 
 def cast(value: Expr, dtype: str, lanes: int) -> Expr:
@@ -139,10 +144,7 @@ def shuffle(vectors: Sequence[Expr], lanes: Sequence[int]) -> Expr:
 def accumulators(count: int, lanes: int) -> list[Buffer]:
     """``count`` float32 vectors that live in registers; not initialised."""
     # TVM keeps small "global" buffers on the stack; any other scope costs a call to its heap.
-    return [
-        T.alloc_buffer((lanes,), F32, layout=None)
-        for _ in range(count)
-    ]
+    return [T.alloc_buffer((lanes,), F32, layout=None) for _ in range(count)]
 
 
 def buffer(shape: Sequence[Expr | int], dtype: str) -> Buffer:

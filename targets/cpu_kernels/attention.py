@@ -47,8 +47,8 @@ class Tiling:
     """Loop shapes for one machine: `lanes` float32 values in a vector register.
 
     Attributes:
-        tile_lanes: query rows x group heads handled together in prefill.
-        row_keys, row_vectors: keys (or dimensions) x vectors of the prefill register block.
+        tile_lanes: lanes of a prefill tile, at least `tile_rows` x group heads.
+        row_keys, row_dims, row_vectors: keys, or dimensions, x vectors of its register block.
         group: query heads of a decode register block.
         pages: pages of a decode softmax block.
     """
@@ -65,32 +65,27 @@ class Tiling:
     @staticmethod
     def of(spec: KVCacheSpec, vector_bits: int) -> Tiling:
         lanes = min(vector_bits // 32, PAGE_SIZE)
-        wide = lanes >= 16
-        row_vectors = 2
-        # Half the registers hold accumulators: 32 vector registers with AVX-512, else 16.
-        accumulators = 16 if wide else 8
-        chunk = lanes * row_vectors
-        tile_lanes = max(64 if wide else 32, chunk)
-        rows = max(1, tile_lanes // spec.group_size)
-        tile_lanes = -(-rows * spec.group_size // chunk) * chunk
-        row_keys = accumulators // row_vectors
-        vectors_per_page = PAGE_SIZE // lanes
-        budget = 12
+        # 12 accumulators, 3 query vectors and one key fill the 16 registers of AVX2. They were the
+        # best of those tried with AVX-512 too (157 GFLOP/s on one core; 87 with AVX2).
+        vectors, keys = 3, 4
+        rows = max(1, 48 // spec.group_size)
+        chunk = vectors * lanes
+        per_page = PAGE_SIZE // lanes
+        limit = 14 if lanes == 8 else 16
         group = max(
             g
             for g in range(1, spec.group_size + 1)
-            if spec.group_size % g == 0 and (g == 1 or g * vectors_per_page <= budget + 4)
+            if spec.group_size % g == 0 and (g == 1 or g * per_page <= limit)
         )
-        pages = max(1, budget // (group * vectors_per_page))
-        if spec.sliding_window is not None:
-            pages = 1  # the query is rotated anew for every page
+        # With a sliding window the query is rotated anew for every page.
+        pages = 1 if spec.sliding_window is not None else max(1, 12 // (group * per_page))
         return Tiling(
             lanes=lanes,
-            tile_lanes=tile_lanes,
+            tile_lanes=-(-rows * spec.group_size // chunk) * chunk,
             tile_rows=rows,
-            row_keys=row_keys,
-            row_dims=lanes_for(spec.head_dim, row_keys),
-            row_vectors=row_vectors,
+            row_keys=keys,
+            row_dims=lanes_for(spec.head_dim, keys),
+            row_vectors=vectors,
             group=group,
             pages=pages,
         )
@@ -117,7 +112,11 @@ def cpu_kv_cache_kernels(spec: KVCacheSpec, *, vector_bits: int = 256) -> KVCach
 
 def _transpose_append(spec: KVCacheSpec, tiling: Tiling) -> tirx.PrimFunc:
     heads, d, dtype, page = spec.num_kv_heads, spec.head_dim, spec.dtype, PAGE_SIZE
-    half, window, factor = spec.rotary_dim // 2, spec.sliding_window is not None, spec.attention_factor
+    half, window, factor = (
+        spec.rotary_dim // 2,
+        spec.sliding_window is not None,
+        spec.attention_factor,
+    )
     lanes, half_lanes = lanes_for(d, tiling.lanes), lanes_for(half, tiling.lanes)
 
     @T.macro
@@ -125,10 +124,10 @@ def _transpose_append(spec: KVCacheSpec, tiling: Tiling) -> tirx.PrimFunc:
         pages: T.Buffer, k: T.Buffer, v: T.Buffer, slot: T.Buffer, freq: T.Buffer, t: T.int32
     ) -> None:
         if slot[t] >= 0:
-            c = T.alloc_buffer((half,), "float32", scope="local")
-            s = T.alloc_buffer((half,), "float32", scope="local")
-            base = T.alloc_buffer((1,), "int64", scope="local")
-            offset = T.alloc_buffer((1,), "int32", scope="local")
+            c = T.alloc_buffer((half,), "float32")
+            s = T.alloc_buffer((half,), "float32")
+            base = T.alloc_buffer((1,), "int64")
+            offset = T.alloc_buffer((1,), "int32")
             offset[0] = slot[t] % page
             if window:
                 for o in T.serial(half // half_lanes):
@@ -153,9 +152,9 @@ def _transpose_append(spec: KVCacheSpec, tiling: Tiling) -> tirx.PrimFunc:
                         pages[base[0] + e * page + offset[0]] = k[t, h, e]
                 for o in T.serial(d // lanes):
                     for i in T.vectorized(lanes):
-                        pages[
-                            base[0] + heads * page * d + offset[0] * d + o * lanes + i
-                        ] = v[t, h, o * lanes + i]
+                        pages[base[0] + heads * page * d + offset[0] * d + o * lanes + i] = v[
+                            t, h, o * lanes + i
+                        ]
 
     @T.prim_func(s_tir=True)
     def kv_transpose_append(
@@ -170,7 +169,7 @@ def _transpose_append(spec: KVCacheSpec, tiling: Tiling) -> tirx.PrimFunc:
         v = T.match_buffer(var_v, (n, heads, d), dtype)
         slot = T.match_buffer(var_slot, (n,), "int32", elem_offset=slot_offset)
         pages = T.decl_buffer((num_pages * (2 * heads * page * d),), dtype, data=paged.data)
-        freq = T.alloc_buffer((half,), "float32", scope="local")
+        freq = T.alloc_buffer((half,), "float32")
         if window:
             fill_frequencies(freq, spec.inv_freq)
         if n < PARALLEL_TOKENS:
@@ -242,30 +241,23 @@ def _tile_macros(spec: KVCacheSpec, tiling: Tiling, *, key_major: bool) -> Simpl
     def scores(qt: T.Buffer, kb: T.Buffer, p: T.Buffer) -> None:
         for c in T.serial(width // chunk):
             for kg in T.serial(page // keys):
-                # Two buffers, because only those below 1 KiB are promoted to registers.
-                acc = T.alloc_buffer((keys * lanes,), "float32", scope="local")
-                bcc = T.alloc_buffer((keys * lanes,), "float32", scope="local")
-                for k in T.unroll(keys):
+                acc = T.alloc_buffer((keys * chunk,), "float32")
+                for k in T.unroll(keys * vectors):
                     for i in T.vectorized(lanes):
                         acc[k * lanes + i] = f32(0.0)
-                    for i in T.vectorized(lanes):
-                        bcc[k * lanes + i] = f32(0.0)
                 for e in T.serial(d):
                     for k in T.unroll(keys):
                         key = T.meta_var(kb[(kg * keys + k) * key_stride + e * dim_stride])
-                        for i in T.vectorized(lanes):
-                            acc[k * lanes + i] = (
-                                acc[k * lanes + i] + key * qt[e * width + c * chunk + i]
-                            )
-                        for i in T.vectorized(lanes):
-                            bcc[k * lanes + i] = (
-                                bcc[k * lanes + i] + key * qt[e * width + c * chunk + lanes + i]
-                            )
+                        for n in T.unroll(vectors):
+                            for i in T.vectorized(lanes):
+                                a = T.meta_var(k * chunk + n * lanes + i)
+                                acc[a] = acc[a] + key * qt[e * width + c * chunk + n * lanes + i]
                 for k in T.unroll(keys):
-                    for i in T.vectorized(lanes):
-                        p[(kg * keys + k) * width + c * chunk + i] = acc[k * lanes + i]
-                    for i in T.vectorized(lanes):
-                        p[(kg * keys + k) * width + c * chunk + lanes + i] = bcc[k * lanes + i]
+                    for n in T.unroll(vectors):
+                        for i in T.vectorized(lanes):
+                            p[(kg * keys + k) * width + c * chunk + n * lanes + i] = acc[
+                                k * chunk + n * lanes + i
+                            ]
 
     @T.macro
     def mask(p: T.Buffer, lo: T.Buffer, hi: T.Buffer, slot: T.int32) -> None:
@@ -282,8 +274,8 @@ def _tile_macros(spec: KVCacheSpec, tiling: Tiling, *, key_major: bool) -> Simpl
     @T.macro
     def softmax(p: T.Buffer, m: T.Buffer, z: T.Buffer, alpha: T.Buffer) -> None:
         for c in T.serial(width // lanes):
-            top = T.alloc_buffer((lanes,), "float32", scope="local")
-            total = T.alloc_buffer((lanes,), "float32", scope="local")
+            top = T.alloc_buffer((lanes,), "float32")
+            total = T.alloc_buffer((lanes,), "float32")
             for i in T.vectorized(lanes):
                 top[i] = m[c * lanes + i]
             for k in T.unroll(page):
@@ -307,31 +299,28 @@ def _tile_macros(spec: KVCacheSpec, tiling: Tiling, *, key_major: bool) -> Simpl
     def outputs(p: T.Buffer, vb: T.Buffer, ot: T.Buffer, alpha: T.Buffer) -> None:
         for c in T.serial(width // chunk):
             for eg in T.serial(d // dims):
-                acc = T.alloc_buffer((dims * lanes,), "float32", scope="local")
-                bcc = T.alloc_buffer((dims * lanes,), "float32", scope="local")
+                acc = T.alloc_buffer((dims * chunk,), "float32")
                 for e in T.unroll(dims):
-                    at = T.meta_var((eg * dims + e) * width + c * chunk)
-                    for i in T.vectorized(lanes):
-                        acc[e * lanes + i] = ot[at + i] * alpha[c * chunk + i]
-                    for i in T.vectorized(lanes):
-                        bcc[e * lanes + i] = ot[at + lanes + i] * alpha[c * chunk + lanes + i]
+                    for n in T.unroll(vectors):
+                        for i in T.vectorized(lanes):
+                            lane = T.meta_var(c * chunk + n * lanes + i)
+                            acc[e * chunk + n * lanes + i] = (
+                                ot[(eg * dims + e) * width + lane] * alpha[lane]
+                            )
                 for k in T.serial(page):
                     for e in T.unroll(dims):
                         value = T.meta_var(vb[k * d + eg * dims + e])
-                        for i in T.vectorized(lanes):
-                            acc[e * lanes + i] = (
-                                acc[e * lanes + i] + value * p[k * width + c * chunk + i]
-                            )
-                        for i in T.vectorized(lanes):
-                            bcc[e * lanes + i] = (
-                                bcc[e * lanes + i] + value * p[k * width + c * chunk + lanes + i]
-                            )
+                        for n in T.unroll(vectors):
+                            for i in T.vectorized(lanes):
+                                a = T.meta_var(e * chunk + n * lanes + i)
+                                lane = T.meta_var(c * chunk + n * lanes + i)
+                                acc[a] = acc[a] + value * p[k * width + lane]
                 for e in T.unroll(dims):
-                    at = T.meta_var((eg * dims + e) * width + c * chunk)
-                    for i in T.vectorized(lanes):
-                        ot[at + i] = acc[e * lanes + i]
-                    for i in T.vectorized(lanes):
-                        ot[at + lanes + i] = bcc[e * lanes + i]
+                    for n in T.unroll(vectors):
+                        for i in T.vectorized(lanes):
+                            ot[(eg * dims + e) * width + c * chunk + n * lanes + i] = acc[
+                                e * chunk + n * lanes + i
+                            ]
 
     @T.macro
     def tree_mask(
@@ -370,7 +359,7 @@ def _tile_macros(spec: KVCacheSpec, tiling: Tiling, *, key_major: bool) -> Simpl
         for g in T.serial(group):
             for r in T.serial(rows):
                 if first + r <= last:
-                    inverse = T.alloc_buffer((1,), "float32", scope="local")
+                    inverse = T.alloc_buffer((1,), "float32")
                     inverse[0] = T.Select(
                         z[g * rows + r] > f32(0.0),
                         f32(1.0) / T.max(z[g * rows + r], f32(1e-37)),
@@ -470,11 +459,11 @@ def _prefill_ragged(spec: KVCacheSpec, tiling: Tiling, *, tree: bool) -> tirx.Pr
         kb = T.alloc_buffer((page * d,), "float32")
         vb = T.alloc_buffer((page * d,), "float32")
         p = T.alloc_buffer((page * width,), "float32")
-        m = T.alloc_buffer((width,), "float32", scope="local")
-        z = T.alloc_buffer((width,), "float32", scope="local")
-        alpha = T.alloc_buffer((width,), "float32", scope="local")
-        lo = T.alloc_buffer((width,), "int32", scope="local")
-        hi = T.alloc_buffer((width,), "int32", scope="local")
+        m = T.alloc_buffer((width,), "float32")
+        z = T.alloc_buffer((width,), "float32")
+        alpha = T.alloc_buffer((width,), "float32")
+        lo = T.alloc_buffer((width,), "int32")
+        hi = T.alloc_buffer((width,), "int32")
         tile.load_queries(q, qt, ot, m, z, q_start + row, q_start + q_len - 1, h, scale)
         for lane in T.serial(width):
             last = T.meta_var(T.min(row + lane % rows, q_len - 1) + shift)
@@ -485,16 +474,12 @@ def _prefill_ragged(spec: KVCacheSpec, tiling: Tiling, *, tree: bool) -> tirx.Pr
             T.max(T.min(row + rows, q_len) - 1 + shift - (reach - 1), 0) if limited else 0
         )
         first_hi: T.let[T.int32] = T.Select(causal > 0, row + shift + 1, kv_len)
-        end: T.let[T.int32] = T.Select(
-            causal > 0, T.min(row + rows + shift, kv_len), kv_len
-        )
+        end: T.let[T.int32] = T.Select(causal > 0, T.min(row + rows + shift, kv_len), kv_len)
         begin: T.let[T.int32] = first_lo // page if sinks == 0 else 0
         for j in T.serial((end + (page - 1)) // page - begin):
             slot: T.let[T.int32] = (begin + j) * page
             position: T.let[T.int32] = (offsets[b] + slot) if limited else 0
-            load_block(
-                k, v, kb, vb, freq, kv_start + slot, T.min(kv_len - slot, page), position, h
-            )
+            load_block(k, v, kb, vb, freq, kv_start + slot, T.min(kv_len - slot, page), position, h)
             tile.scores(qt, kb, p)
             if slot + page > first_hi or slot < last_lo:
                 if sinks > 0:
@@ -569,9 +554,9 @@ def _prefill_ragged(spec: KVCacheSpec, tiling: Tiling, *, tree: bool) -> tirx.Pr
             order = T.match_buffer(var_order, (tree_len, 2), "int32", elem_offset=order_offset)
             out = T.match_buffer(var_out, (q_len, q_heads, d), dtype)
             lse = T.match_buffer(var_lse, (q_len, q_heads), "float32")
-            freq = T.alloc_buffer((1,), "float32", scope="local")
+            freq = T.alloc_buffer((1,), "float32")
             for u in T.parallel(heads * (q_len // rows + batch_1 - 1)):
-                at = T.alloc_buffer((2,), "int32", scope="local")
+                at = T.alloc_buffer((2,), "int32")
                 tile.find(q_indptr, batch_1 - 1, u % (q_len // rows + batch_1 - 1), at)
                 if at[0] >= 0:
                     unit(
@@ -620,23 +605,21 @@ def _prefill_ragged(spec: KVCacheSpec, tiling: Tiling, *, tree: bool) -> tirx.Pr
         q_position_offset = T.int32()
         k_offset_offset = T.int32()
         q = T.match_buffer(var_q, (q_len, q_heads, d), dtype)
-        q_indptr = T.match_buffer(
-            var_q_indptr, (batch + 1,), "int32", elem_offset=q_indptr_offset
-        )
+        q_indptr = T.match_buffer(var_q_indptr, (batch + 1,), "int32", elem_offset=q_indptr_offset)
         k = T.match_buffer(var_k, (kv_len, heads, d), dtype)
         v = T.match_buffer(var_v, (kv_len, heads, d), dtype)
         kv_indptr = T.match_buffer(
             var_kv_indptr, (batch + 1,), "int32", elem_offset=kv_indptr_offset
         )
-        position = T.match_buffer(var_q_position, (q_len,), "int32", elem_offset=q_position_offset)
+        T.match_buffer(var_q_position, (q_len,), "int32", elem_offset=q_position_offset)
         offsets = T.match_buffer(var_k_offset, (batch,), "int32", elem_offset=k_offset_offset)
         out = T.match_buffer(var_out, (q_len, q_heads, d), dtype)
         lse = T.match_buffer(var_lse, (q_len, q_heads), "float32")
-        freq = T.alloc_buffer((half,), "float32", scope="local")
+        freq = T.alloc_buffer((half,), "float32")
         if limited:
             fill_frequencies(freq, spec.inv_freq)
         for u in T.parallel(heads * (q_len // rows + batch)):
-            at = T.alloc_buffer((2,), "int32", scope="local")
+            at = T.alloc_buffer((2,), "int32")
             # Short and long tiles alternate, so that every thread's share is alike.
             tiles: T.let[T.int32] = q_len // rows + batch
             x: T.let[T.int32] = u % tiles
@@ -682,12 +665,13 @@ def _prefill_paged(spec: KVCacheSpec, tiling: Tiling, *, tree: bool) -> tirx.Pri
         vb: T.Buffer,
         freq: T.Buffer,
         base: T.int64,
+        unused: T.int32,
         valid: T.int32,
         position: T.int32,
     ) -> None:
         if limited:
-            c = T.alloc_buffer((half,), "float32", scope="local")
-            s = T.alloc_buffer((half,), "float32", scope="local")
+            c = T.alloc_buffer((half,), "float32")
+            s = T.alloc_buffer((half,), "float32")
             for o in T.serial(half // half_lanes):
                 for i in T.vectorized(half_lanes):
                     e = T.meta_var(o * half_lanes + i)
@@ -715,7 +699,7 @@ def _prefill_paged(spec: KVCacheSpec, tiling: Tiling, *, tree: bool) -> tirx.Pri
         for r in T.serial(page):
             for o in T.serial(d // lanes):
                 for i in T.vectorized(lanes):
-                    n = T.meta_var(T.min(r, valid - 1) * d + o * lanes + i)
+                    n = T.meta_var(T.max(T.min(r, valid - 1), unused) * d + o * lanes + i)
                     vb[r * d + o * lanes + i] = T.Cast(
                         "float32", pages[base + heads * page * d + n]
                     )
@@ -751,13 +735,13 @@ def _prefill_paged(spec: KVCacheSpec, tiling: Tiling, *, tree: bool) -> tirx.Pri
         kb = T.alloc_buffer((page * d,), "float32")
         vb = T.alloc_buffer((page * d,), "float32")
         p = T.alloc_buffer((page * width,), "float32")
-        m = T.alloc_buffer((width,), "float32", scope="local")
-        z = T.alloc_buffer((width,), "float32", scope="local")
-        alpha = T.alloc_buffer((width,), "float32", scope="local")
-        lo = T.alloc_buffer((width,), "int32", scope="local")
-        hi = T.alloc_buffer((width,), "int32", scope="local")
+        m = T.alloc_buffer((width,), "float32")
+        z = T.alloc_buffer((width,), "float32")
+        alpha = T.alloc_buffer((width,), "float32")
+        lo = T.alloc_buffer((width,), "int32")
+        hi = T.alloc_buffer((width,), "int32")
         tile.load_queries(q, qt, ot, m, z, q_start + row, q_start + q_len - 1, h, scale)
-        bounds = T.alloc_buffer((6,), "int32", scope="local")
+        bounds = T.alloc_buffer((6,), "int32")
         if limited:
             _window_bounds(bounds, lengths, b, page_count, offsets[b], sinks)
         else:
@@ -801,7 +785,16 @@ def _prefill_paged(spec: KVCacheSpec, tiling: Tiling, *, tree: bool) -> tirx.Pri
                 base: T.let[T.int64] = (
                     T.Cast("int64", page_ids[pages_at + first_page + j]) * (2 * heads) + h
                 ) * (page * d)
-                load_block(pages, kb, vb, freq, base, T.min(end - slot, page), slot + shift)
+                load_block(
+                    pages,
+                    kb,
+                    vb,
+                    freq,
+                    base,
+                    T.max(begin - slot, 0),
+                    T.min(end - slot, page),
+                    slot + shift,
+                )
                 tile.scores(qt, kb, p)
                 if slot + page > first_hi or slot < last_lo:
                     tile.mask(p, lo, hi, slot)
@@ -878,9 +871,9 @@ def _prefill_paged(spec: KVCacheSpec, tiling: Tiling, *, tree: bool) -> tirx.Pri
             )
             order = T.match_buffer(var_order, (tree_len, 2), "int32", elem_offset=order_offset)
             pages = T.decl_buffer((num_pages * (2 * heads * page * d),), dtype, data=paged.data)
-            freq = T.alloc_buffer((1,), "float32", scope="local")
+            freq = T.alloc_buffer((1,), "float32")
             for u in T.parallel(heads * (q_len // rows + batch)):
-                at = T.alloc_buffer((2,), "int32", scope="local")
+                at = T.alloc_buffer((2,), "int32")
                 tile.find(q_indptr, batch, u % (q_len // rows + batch), at)
                 if at[0] >= 0:
                     unit(
@@ -937,9 +930,7 @@ def _prefill_paged(spec: KVCacheSpec, tiling: Tiling, *, tree: bool) -> tirx.Pri
         k_offset_offset = T.int32()
         q_position_offset = T.int32()
         q = T.match_buffer(var_q, (q_len, q_heads, d), dtype)
-        q_indptr = T.match_buffer(
-            var_q_indptr, (batch + 1,), "int32", elem_offset=q_indptr_offset
-        )
+        q_indptr = T.match_buffer(var_q_indptr, (batch + 1,), "int32", elem_offset=q_indptr_offset)
         paged = T.match_buffer(var_pages, (num_pages, 2, heads, page, d), dtype)
         page_indptr = T.match_buffer(
             var_page_indptr, (batch + 1,), "int32", elem_offset=page_indptr_offset
@@ -951,11 +942,11 @@ def _prefill_paged(spec: KVCacheSpec, tiling: Tiling, *, tree: bool) -> tirx.Pri
         out = T.match_buffer(var_out, (q_len, q_heads, d), dtype)
         lse = T.match_buffer(var_lse, (q_len, q_heads), "float32")
         pages = T.decl_buffer((num_pages * (2 * heads * page * d),), dtype, data=paged.data)
-        freq = T.alloc_buffer((half,), "float32", scope="local")
+        freq = T.alloc_buffer((half,), "float32")
         if limited:
             fill_frequencies(freq, spec.inv_freq)
         for u in T.parallel(heads * (q_len // rows + batch)):
-            at = T.alloc_buffer((2,), "int32", scope="local")
+            at = T.alloc_buffer((2,), "int32")
             tile.find(q_indptr, batch, u % (q_len // rows + batch), at)
             if at[0] >= 0:
                 unit(
@@ -981,9 +972,7 @@ def _prefill_paged(spec: KVCacheSpec, tiling: Tiling, *, tree: bool) -> tirx.Pri
     return attn_prefill_paged
 
 
-def _lengths(
-    var: tirx.Var, batch: tirx.Expr, length_rows: int, elem_offset: tirx.Var
-) -> T.Buffer:
+def _lengths(var: tirx.Var, batch: tirx.Expr, length_rows: int, elem_offset: tirx.Var) -> T.Buffer:
     shape = (batch,) if length_rows == 1 else (length_rows, batch)
     return T.match_buffer(var, shape, "int32", elem_offset=elem_offset)
 
@@ -1021,7 +1010,9 @@ def _decode(spec: KVCacheSpec, tiling: Tiling) -> tirx.PrimFunc:
     d_lanes, half_lanes = lanes_for(d, lanes), lanes_for(half, lanes)
     # Value vectors of a register block: 12 accumulators where they divide evenly.
     value_vectors = max(
-        n for n in range(1, d // d_lanes + 1) if (d // d_lanes) % n == 0 and (n == 1 or n * block <= 14)
+        n
+        for n in range(1, d // d_lanes + 1)
+        if (d // d_lanes) % n == 0 and (n == 1 or n * block <= 14)
     )
     limited, sinks = spec.sliding_window is not None, spec.attention_sink
     reach = (spec.sliding_window or 0) - sinks
@@ -1034,12 +1025,10 @@ def _decode(spec: KVCacheSpec, tiling: Tiling) -> tirx.PrimFunc:
         _fold(buffer, lanes, lambda a, b: a + b)
 
     @T.macro
-    def rotate_query(
-        q: T.Buffer, qr: T.Buffer, freq: T.Buffer, position: T.int32
-    ) -> None:
+    def rotate_query(q: T.Buffer, qr: T.Buffer, freq: T.Buffer, position: T.int32) -> None:
         # By minus the page's position: what is left to a key is its slot in the page.
-        c = T.alloc_buffer((half,), "float32", scope="local")
-        s = T.alloc_buffer((half,), "float32", scope="local")
+        c = T.alloc_buffer((half,), "float32")
+        s = T.alloc_buffer((half,), "float32")
         for o in T.serial(half // half_lanes):
             for i in T.vectorized(half_lanes):
                 e = T.meta_var(o * half_lanes + i)
@@ -1057,7 +1046,7 @@ def _decode(spec: KVCacheSpec, tiling: Tiling) -> tirx.PrimFunc:
     @T.macro
     def scores(pages: T.Buffer, q: T.Buffer, base: T.Buffer, p: T.Buffer) -> None:
         for gb in T.serial(group // block):
-            acc = T.alloc_buffer((block * keys,), "float32", scope="local")
+            acc = T.alloc_buffer((block * keys,), "float32")
             for n in T.unroll(block * keys // lanes):
                 for i in T.vectorized(lanes):
                     acc[n * lanes + i] = f32(0.0)
@@ -1077,8 +1066,8 @@ def _decode(spec: KVCacheSpec, tiling: Tiling) -> tirx.PrimFunc:
     @T.macro
     def softmax(p: T.Buffer, m: T.Buffer, z: T.Buffer, alpha: T.Buffer) -> None:
         for g in T.serial(group):
-            top = T.alloc_buffer((lanes,), "float32", scope="local")
-            total = T.alloc_buffer((lanes,), "float32", scope="local")
+            top = T.alloc_buffer((lanes,), "float32")
+            total = T.alloc_buffer((lanes,), "float32")
             for i in T.vectorized(lanes):
                 top[i] = p[g * keys + i]
             for n in T.unroll(keys // lanes - 1):
@@ -1106,11 +1095,13 @@ def _decode(spec: KVCacheSpec, tiling: Tiling) -> tirx.PrimFunc:
         alpha: T.Buffer,
         o: T.Buffer,
         slot: T.int32,
+        begin: T.int32,
         end: T.int32,
     ) -> None:
+        # Only slots in use: others may hold NaN, which a weight of 0 would not silence.
         for gb in T.serial(group // block):
             for eb in T.serial(d // (d_lanes * value_vectors)):
-                acc = T.alloc_buffer((block * value_vectors * d_lanes,), "float32", scope="local")
+                acc = T.alloc_buffer((block * value_vectors * d_lanes,), "float32")
                 for g in T.unroll(block):
                     for v in T.unroll(value_vectors):
                         for i in T.vectorized(d_lanes):
@@ -1119,7 +1110,10 @@ def _decode(spec: KVCacheSpec, tiling: Tiling) -> tirx.PrimFunc:
                                 o[(gb * block + g) * d + at] * alpha[gb * block + g]
                             )
                 for n in T.serial(pages_in_block):
-                    for k in T.serial(T.max(T.min(end - slot - n * page, page), 0)):
+                    unused = T.meta_var(T.max(begin - slot - n * page, 0))
+                    used = T.meta_var(T.max(T.min(end - slot - n * page, page) - unused, 0))
+                    for j in T.serial(used):
+                        k = T.meta_var(unused + j)
                         for v in T.unroll(value_vectors):
                             for g in T.unroll(block):
                                 for i in T.vectorized(d_lanes):
@@ -1163,11 +1157,11 @@ def _decode(spec: KVCacheSpec, tiling: Tiling) -> tirx.PrimFunc:
         qr = T.alloc_buffer((group * d,), "float32")
         o = T.alloc_buffer((group * d,), "float32")
         p = T.alloc_buffer((group * keys,), "float32")
-        m = T.alloc_buffer((group,), "float32", scope="local")
-        z = T.alloc_buffer((group * lanes,), "float32", scope="local")
-        alpha = T.alloc_buffer((group,), "float32", scope="local")
-        base = T.alloc_buffer((pages_in_block,), "int64", scope="local")
-        bounds = T.alloc_buffer((6,), "int32", scope="local")
+        m = T.alloc_buffer((group,), "float32")
+        z = T.alloc_buffer((group * lanes,), "float32")
+        alpha = T.alloc_buffer((group,), "float32")
+        base = T.alloc_buffer((pages_in_block,), "int64")
+        bounds = T.alloc_buffer((6,), "int32")
         pages_at: T.let[T.int32] = page_indptr[b]
         page_count: T.let[T.int32] = page_indptr[b + 1] - pages_at
         for g in T.serial(group):
@@ -1222,9 +1216,9 @@ def _decode(spec: KVCacheSpec, tiling: Tiling) -> tirx.PrimFunc:
                                     f32(NEGATIVE),
                                 )
                 softmax(p, m, z, alpha)
-                outputs(pages, base, p, alpha, o, at * page, limit)
+                outputs(pages, base, p, alpha, o, at * page, begin, limit)
         for g in T.serial(group):
-            total = T.alloc_buffer((lanes,), "float32", scope="local")
+            total = T.alloc_buffer((lanes,), "float32")
             for i in T.vectorized(lanes):
                 total[i] = z[g * lanes + i]
             fold_sum(total)
@@ -1246,8 +1240,8 @@ def _decode(spec: KVCacheSpec, tiling: Tiling) -> tirx.PrimFunc:
         g: T.int32,
         splits: T.int32,
     ) -> None:
-        acc = T.alloc_buffer((d,), "float32", scope="local")
-        w = T.alloc_buffer((3,), "float32", scope="local")
+        acc = T.alloc_buffer((d,), "float32")
+        w = T.alloc_buffer((3,), "float32")
         w[0] = f32(EMPTY)
         w[1] = f32(0.0)
         for e in T.serial(d // d_lanes):
@@ -1268,9 +1262,7 @@ def _decode(spec: KVCacheSpec, tiling: Tiling) -> tirx.PrimFunc:
         w[2] = f32(1.0) / T.max(w[1], f32(1e-37))
         for e in T.serial(d // d_lanes):
             for i in T.vectorized(d_lanes):
-                out[b, h * group + g, e * d_lanes + i] = T.Cast(
-                    dtype, acc[e * d_lanes + i] * w[2]
-                )
+                out[b, h * group + g, e * d_lanes + i] = T.Cast(dtype, acc[e * d_lanes + i] * w[2])
 
     @T.prim_func(s_tir=True)
     def attn_decode(
@@ -1309,7 +1301,7 @@ def _decode(spec: KVCacheSpec, tiling: Tiling) -> tirx.PrimFunc:
         out = T.match_buffer(var_out, (batch, q_heads, d), dtype)
         lse = T.match_buffer(var_lse, (batch, q_heads), "float32")
         pages = T.decl_buffer((num_pages * (2 * heads * page * d),), dtype, data=paged.data)
-        freq = T.alloc_buffer((half,), "float32", scope="local")
+        freq = T.alloc_buffer((half,), "float32")
         if limited:
             fill_frequencies(freq, spec.inv_freq)
         splits: T.let[T.int32] = T.max(T.min(id_count // (batch * SPLIT_PAGES), 8), 1)
@@ -1361,7 +1353,7 @@ def _merge_state(spec: KVCacheSpec, tiling: Tiling) -> tirx.PrimFunc:
     @T.macro
     def token(v: T.Buffer, s: T.Buffer, v2: T.Buffer, s2: T.Buffer, t: T.int32) -> None:
         for h in T.serial(heads):
-            w = T.alloc_buffer((4,), "float32", scope="local")
+            w = T.alloc_buffer((4,), "float32")
             w[0] = T.max(s[t, h], s2[t, h])
             w[1] = exp2(s[t, h] - w[0])
             w[2] = exp2(s2[t, h] - w[0])
@@ -1466,12 +1458,12 @@ def _compact_copy(spec: KVCacheSpec, tiling: Tiling) -> tirx.PrimFunc:
                 for h in T.serial(heads):
                     source: T.let[T.int32] = slots[0, indptr[b] + n]
                     target: T.let[T.int32] = slots[1, indptr[b] + n]
-                    x: T.let[T.int64] = (
-                        T.Cast("int64", source // page) * (2 * heads) + h
-                    ) * (page * d)
-                    y: T.let[T.int64] = (
-                        T.Cast("int64", target // page) * (2 * heads) + h
-                    ) * (page * d)
+                    x: T.let[T.int64] = (T.Cast("int64", source // page) * (2 * heads) + h) * (
+                        page * d
+                    )
+                    y: T.let[T.int64] = (T.Cast("int64", target // page) * (2 * heads) + h) * (
+                        page * d
+                    )
                     for e in T.serial(d):
                         pages[y + e * page + target % page] = pages[x + e * page + source % page]
                     for o in T.serial(d // lanes):

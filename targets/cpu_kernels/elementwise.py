@@ -78,7 +78,7 @@ def _horner(coefficients: Sequence[float], x: Expr, lanes: int) -> Expr:
     return value
 
 
-def _hold(value: Expr, lanes: int) -> Expr:
+def hold(value: Expr, lanes: int) -> Expr:
     """A float32 vector through a register buffer: like `vec.bind`, but opaque to TVM.
 
     Its simplifier sees through a chain of bindings again and again (an erf took 12 s to compile),
@@ -101,15 +101,15 @@ def exp(x: Expr, lanes: int) -> Expr:
     def power_of_two(n: Expr) -> Expr:  # from its exponent bits, -126 <= n <= 127
         return vec.bitcast(tirx.shift_left(n + i32(127), i32(23)), F32, lanes)
 
-    x = _hold(x, lanes)
+    x = hold(x, lanes)
     # Selects, not min and max: these let a NaN through.
-    x = _hold(tirx.Select(x > f32(EXP_HIGHEST), f32(EXP_HIGHEST), x), lanes)
-    x = _hold(tirx.Select(x < f32(EXP_LOWEST), f32(EXP_LOWEST), x), lanes)
-    shifted = _hold(x * f32(LOG2_E) + f32(ROUNDER), lanes)
+    x = hold(tirx.Select(x > f32(EXP_HIGHEST), f32(EXP_HIGHEST), x), lanes)
+    x = hold(tirx.Select(x < f32(EXP_LOWEST), f32(EXP_LOWEST), x), lanes)
+    shifted = hold(x * f32(LOG2_E) + f32(ROUNDER), lanes)
     n = vec.bind(vec.bitcast(shifted, "int32", lanes) - i32(ROUNDER_BITS))
     # Not shifted - ROUNDER: TVM's simplifier cancels (a + b) - b even for floats.
     whole = vec.bind(vec.cast(n, F32, lanes))
-    r = _hold(x - whole * f32(LN2_HIGH) - whole * f32(LN2_LOW), lanes)
+    r = hold(x - whole * f32(LN2_HIGH) - whole * f32(LN2_LOW), lanes)
     value = _horner(EXP_POLYNOMIAL, r, lanes) * r * r + r + f32(1)
     # Two factors, because 2^n itself leaves the normal range at both ends (2^-150, 2^128).
     half = vec.bind(tirx.shift_right(n, i32(1)))
@@ -139,9 +139,9 @@ def _gelu(x: Expr, lanes: int) -> Expr:
         return vec.const(value, F32, lanes)
 
     positive = x > f32(0)
-    a = _hold(tirx.Select(positive, x, f32(0) - x) * f32(0.7071067811865476), lanes)
-    t = _hold(f32(1) / (f32(1) + f32(0.5) * a), lanes)
-    erfc = _hold(t * exp(_horner(ERFC_POLYNOMIAL, t, lanes) - a * a, lanes), lanes)
+    a = hold(tirx.Select(positive, x, f32(0) - x) * f32(0.7071067811865476), lanes)
+    t = hold(f32(1) / (f32(1) + f32(0.5) * a), lanes)
+    erfc = hold(t * exp(_horner(ERFC_POLYNOMIAL, t, lanes) - a * a, lanes), lanes)
     return f32(0.5) * x * tirx.Select(positive, f32(2) - erfc, erfc)
 
 
@@ -177,7 +177,11 @@ def build_kernel(
         for argument, shape, dtype in arguments:
             full = [vec.i64(s) if isinstance(s, int) else s for s in shape]
             buffers.append(T.arg(argument, T.buffer(full, dtype, layout=None)))
-        body(*buffers)
+        # relax's RewriteDataflowReshape insists on blocks; one around everything asks for nothing.
+        with T.sblock(name):
+            T.reads([])
+            T.writes([])
+            body(*buffers)
     return builder.get()
 
 
@@ -216,7 +220,7 @@ def for_vectors(width: int, lanes: int, body: Callable[[Expr, int], None]) -> No
         body(vec.i64(offset), narrow)
 
 
-def _load(buffer: Buffer, index: Sequence[Expr | int], lanes: int) -> Expr:
+def load_f32(buffer: Buffer, index: Sequence[Expr | int], lanes: int) -> Expr:
     """A vector of `buffer` as float32."""
     return vec.cast(vec.load(buffer, index, lanes), F32, lanes)
 
@@ -226,7 +230,7 @@ def _store(
 ) -> None:
     """Round a float32 vector to `dtype` and store it."""
     if dtype == "bfloat16":
-        value = _hold(value, lanes)  # the lowered rounding mentions it several times
+        value = hold(value, lanes)  # the lowered rounding mentions it several times
     vec.store(buffer, index, vec.cast(value, dtype, lanes), lanes)
 
 
@@ -238,7 +242,7 @@ def _sum_of_squares(read: Callable[[Expr, int], Expr], width: int, lanes: int) -
         vec.put(register, vec.const(0, F32, lanes), lanes)
 
     def accumulate(register: Buffer, offset: Expr) -> None:
-        value = _hold(read(offset, lanes), lanes)
+        value = hold(read(offset, lanes), lanes)
         vec.put(register, vec.get(register, lanes) + value * value, lanes)
 
     if width >= step:
@@ -252,7 +256,7 @@ def _sum_of_squares(read: Callable[[Expr, int], Expr], width: int, lanes: int) -
         total = total + vec.get(register, lanes)
     total = vec.horizontal_sum(total, lanes)
     for narrow_offset, narrow in vec.pieces(width, lanes):
-        value = _hold(read(vec.i64(narrow_offset), narrow), narrow)
+        value = hold(read(vec.i64(narrow_offset), narrow), narrow)
         total = total + vec.horizontal_sum(value * value, narrow)
     return vec.bind(total)
 
@@ -273,7 +277,7 @@ def _normalise(
     scale = vec.bind(vec.const(1, F32, 1) / tirx.sqrt(mean + vec.const(eps, F32, 1)))
 
     def scaled(offset: Expr, narrow: int) -> None:
-        value = read(offset, narrow) * vec.splat(scale, narrow) * _load(weight, [offset], narrow)
+        value = read(offset, narrow) * vec.splat(scale, narrow) * load_f32(weight, [offset], narrow)
         write(offset, value, narrow)
 
     for_vectors(width, lanes, scaled)
@@ -295,7 +299,7 @@ def rms_norm(
                 _store(out, [i, offset], value, dtype, narrow)
 
             _normalise(
-                lambda j, narrow: _load(x, [i, j], narrow), weight, write, hidden, eps, lanes
+                lambda j, narrow: load_f32(x, [i, j], narrow), weight, write, hidden, eps, lanes
             )
 
         for_rows(n, hidden, row)
@@ -318,7 +322,7 @@ def add_rms_norm(
     def body(x: Buffer, residual: Buffer, weight: Buffer, normed: Buffer, total: Buffer) -> None:
         def row(i: Expr) -> None:
             def add_up(offset: Expr, narrow: int) -> None:
-                value = _load(x, [i, offset], narrow) + _load(residual, [i, offset], narrow)
+                value = load_f32(x, [i, offset], narrow) + load_f32(residual, [i, offset], narrow)
                 _store(total, [i, offset], value, dtype, narrow)
 
             def write(offset: Expr, value: Expr, narrow: int) -> None:
@@ -327,7 +331,7 @@ def add_rms_norm(
             # A pass of its own: the row stays in the first-level cache.
             for_vectors(hidden, lanes, add_up)
             _normalise(
-                lambda j, narrow: _load(total, [i, j], narrow), weight, write, hidden, eps, lanes
+                lambda j, narrow: load_f32(total, [i, j], narrow), weight, write, hidden, eps, lanes
             )
 
         for_rows(n, hidden, row)
@@ -366,7 +370,7 @@ def qk_norm(
                         _store(out, [i, head, offset], value, dtype, narrow)
 
                     def read(offset: Expr, narrow: int) -> Expr:
-                        return _load(x, [i, head, offset], narrow)
+                        return load_f32(x, [i, head, offset], narrow)
 
                     _normalise(read, weight, write, head_dim, eps, lanes)
 
@@ -406,8 +410,8 @@ def gated_activation(
     def body(gate_up: Buffer, out: Buffer) -> None:
         def row(i: Expr) -> None:
             def vector(offset: Expr, narrow: int) -> None:
-                gate = activate(_hold(_load(gate_up, [i, offset], narrow), narrow), narrow)
-                value = gate * _load(gate_up, [i, offset + vec.i64(intermediate)], narrow)
+                gate = activate(hold(load_f32(gate_up, [i, offset], narrow), narrow), narrow)
+                value = gate * load_f32(gate_up, [i, offset + vec.i64(intermediate)], narrow)
                 _store(out, [i, offset], value, dtype, narrow)
 
             for_vectors(intermediate, lanes, vector)
@@ -427,7 +431,7 @@ def add(hidden: int, dtype: str, rows: int | None = None, vector_bits: int = 256
     def body(x: Buffer, y: Buffer, out: Buffer) -> None:
         def row(i: Expr) -> None:
             def vector(offset: Expr, narrow: int) -> None:
-                value = _load(x, [i, offset], narrow) + _load(y, [i, offset], narrow)
+                value = load_f32(x, [i, offset], narrow) + load_f32(y, [i, offset], narrow)
                 _store(out, [i, offset], value, dtype, narrow)
 
             for_vectors(hidden, lanes, vector)
@@ -437,7 +441,7 @@ def add(hidden: int, dtype: str, rows: int | None = None, vector_bits: int = 256
     return build_kernel("add", [(name, (n, hidden), dtype) for name in ("x", "y", "out")], body)
 
 
-def _copy_row(
+def copy_row(
     source: Buffer, i: Expr | int, target: Buffer, k: Expr | int, hidden: int, lanes: int
 ) -> None:
     """target[k] = source[i]."""
@@ -458,7 +462,7 @@ def gather_rows(
     def body(x: Buffer, positions: Buffer, out: Buffer) -> None:
         def row(k: Expr) -> None:
             position = vec.bind(vec.cast(vec.load(positions, [k], 1), "int64", 1))
-            _copy_row(x, position, out, k, hidden, lanes)
+            copy_row(x, position, out, k, hidden, lanes)
 
         for_rows(b, hidden, row)
 
@@ -471,6 +475,6 @@ def last_row(hidden: int, dtype: str, vector_bits: int = 256) -> tirx.PrimFunc:
     n = symbol("n")
 
     def body(x: Buffer, out: Buffer) -> None:
-        _copy_row(x, n - vec.i64(1), out, 0, hidden, max(1, vector_bits // 32))
+        copy_row(x, n - vec.i64(1), out, 0, hidden, max(1, vector_bits // 32))
 
     return build_kernel("last_row", [("x", (n, hidden), dtype), ("out", (1, hidden), dtype)], body)

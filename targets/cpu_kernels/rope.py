@@ -35,9 +35,7 @@ def split_rotary(spec: KVCacheSpec, lanes: int) -> tirx.PrimFunc:
     rest_lanes = lanes_for(rest, lanes) if rest else 1
 
     @T.macro
-    def angles(
-        freq: T.Buffer, position: T.Buffer, c: T.Buffer, s: T.Buffer, t: T.int32
-    ) -> None:
+    def angles(freq: T.Buffer, position: T.Buffer, c: T.Buffer, s: T.Buffer, t: T.int32) -> None:
         for o in T.serial(half // half_lanes):
             for i in T.vectorized(half_lanes):
                 c[o * half_lanes + i] = f32(factor) * cos(
@@ -81,8 +79,8 @@ def split_rotary(spec: KVCacheSpec, lanes: int) -> tirx.PrimFunc:
         v: T.Buffer,
         t: T.int32,
     ) -> None:
-        c = T.alloc_buffer((half,), "float32", scope="local")
-        s = T.alloc_buffer((half,), "float32", scope="local")
+        c = T.alloc_buffer((half,), "float32")
+        s = T.alloc_buffer((half,), "float32")
         angles(freq, position, c, s, t)
         for h in T.serial(q_heads):
             rotate(qkv, q, c, s, t, h, h)
@@ -95,7 +93,13 @@ def split_rotary(spec: KVCacheSpec, lanes: int) -> tirx.PrimFunc:
 
     @T.macro
     def tokens(
-        freq: T.Buffer, position: T.Buffer, qkv: T.Buffer, q: T.Buffer, k: T.Buffer, v: T.Buffer, n: T.int32
+        freq: T.Buffer,
+        position: T.Buffer,
+        qkv: T.Buffer,
+        q: T.Buffer,
+        k: T.Buffer,
+        v: T.Buffer,
+        n: T.int32,
     ) -> None:
         if n < PARALLEL_TOKENS:
             for t in T.serial(n):
@@ -145,7 +149,7 @@ def split_rotary(spec: KVCacheSpec, lanes: int) -> tirx.PrimFunc:
         q = T.match_buffer(var_q, (n, q_heads, d), dtype)
         k = T.match_buffer(var_k, (n, kv_heads, d), dtype)
         v = T.match_buffer(var_v, (n, kv_heads, d), dtype)
-        freq = T.alloc_buffer((half,), "float32", scope="local")
+        freq = T.alloc_buffer((half,), "float32")
         fill_frequencies(freq, spec.inv_freq)
         tokens(freq, position, qkv, q, k, v, n)
 

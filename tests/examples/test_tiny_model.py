@@ -8,6 +8,7 @@ import json
 import math
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -28,7 +29,8 @@ PROMPTS = (
     "And the king said unto",
     "The Government of",
 )
-# XXX
+# The model reaches 1.244 bits per byte on the sample and 0.92 in common words. Swapped key heads
+# give 2.2 and 0.70, a mixed-up vocabulary 5.9 and 0.35, untrained weights 3.3 and no words.
 MAX_BITS_PER_BYTE = 1.3
 MIN_COMMON_WORDS = 0.85
 
@@ -148,9 +150,18 @@ def test_card_states_the_facts(card: str, weights: dict[str, np.ndarray]) -> Non
 
 
 @pytest.fixture(scope="module")
-def script() -> ModuleType:
+def one_thread() -> Iterator[None]:
+    """Torch on one thread: on sizes like these, threads on a busy machine only wait."""
+    torch = pytest.importorskip("torch")
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def script(one_thread: None) -> ModuleType:
     """train.py as a module."""
-    pytest.importorskip("torch")
     spec = importlib.util.spec_from_file_location("tiny_model_train", FOLDER / "train.py")
     assert spec is not None
     assert spec.loader is not None
@@ -236,7 +247,7 @@ def write(model: Any, tokenizer: Tokenizer, held_out: str) -> Writing:
 
 
 @pytest.fixture(scope="module")
-def reference() -> Any:
+def reference(one_thread: None) -> Any:
     """The model in transformers, float32."""
     transformers = pytest.importorskip("transformers")
     import torch
@@ -271,5 +282,4 @@ def test_bounds_catch_noise(
                 key.copy_(key.roll(read_json("config.json")["head_dim"], dims=0))
     result = write(model, tokenizer, held_out)
     assert result.bits_per_byte > MAX_BITS_PER_BYTE
-    if fault != "key heads swapped":  # it still finds words, but the wrong ones
-        assert result.common_words < MIN_COMMON_WORDS, result.text
+    assert result.common_words < MIN_COMMON_WORDS, result.text

@@ -224,6 +224,44 @@ def test_activations_at_extremes(library: Any, activation: str) -> None:
     assert np.isfinite(out[0, 4:]).all()
 
 
+@pytest.mark.parametrize("vector_bits", [0, 128, 512])
+def test_other_vector_widths(tmp_path: Path, vector_bits: int) -> None:
+    """No vectors at all, NEON's width, AVX-512's (which LLVM splits where the CPU lacks it)."""
+    width, bb = 100, relax.BlockBuilder()
+    x, w = ((elementwise.symbol("n"), width), "float32"), ((width,), "float32")
+    kernel = elementwise.rms_norm(width, "float32", EPS, vector_bits=vector_bits)
+    add_function(bb, "rms_norm", kernel, [x, w], [x])
+    n = elementwise.symbol("n")
+    kernel = elementwise.gated_activation("gelu", width, "float32", vector_bits=vector_bits)
+    add_function(bb, "gelu", kernel, [((n, 2 * width), "float32")], [((n, width), "float32")])
+    vm = load(bb.get(), tmp_path / "lib.so")
+    values, weight = random("float32", 3, 2 * width), random("float32", width, seed=1)
+    head = np.ascontiguousarray(values[:, :width])
+    assert_close(*call(vm, "rms_norm", head, weight), reference_norm(head, weight), "float32")
+    expected = ACTIVATION_REFERENCES["gelu"](wide(head)) * wide(values[:, width:])
+    assert_close(*call(vm, "gelu", values), expected, "float32")
+
+
+def test_kernels_chain_inside_a_dataflow_block(tmp_path: Path) -> None:
+    """Results that stay inside the block pass relax's reshape analysis, which wants TIR blocks."""
+    bb, n = relax.BlockBuilder(), elementwise.symbol("n")
+    x = relax.Var("x", tensor_type((n, 64), "float32"))
+    with bb.function("main", [x]):
+        with bb.dataflow():
+            doubled = bb.emit(
+                relax.call_tir(
+                    bb.add_func(elementwise.add(64, "float32"), "add"), [x, x], out_ty=x.ty
+                )
+            )
+            last = bb.add_func(elementwise.last_row(64, "float32"), "last")
+            out = tensor_type((1, 64), "float32")
+            result = bb.emit_output(relax.call_tir(last, [doubled], out_ty=out))
+        bb.emit_func_output(result)
+    values = random("float32", 5, 64)
+    vm = load(bb.get(), tmp_path / "lib.so")
+    np.testing.assert_array_equal(*call(vm, "main", values), 2 * values[-1:])
+
+
 def test_unknown_activation_is_refused() -> None:
     with pytest.raises(KeyError, match="mish"):
         elementwise.gated_activation("mish", 64, "float32")

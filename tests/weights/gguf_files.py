@@ -85,7 +85,9 @@ def write(
         }
     if arch == "mistral":
         metadata["attention.sliding_window"] = config.sliding_window
-    for key, value in ({f"{stored_arch}.{k}": v for k, v in metadata.items()} | (keys or {})).items():
+    for key, value in (
+        {f"{stored_arch}.{k}": v for k, v in metadata.items()} | (keys or {})
+    ).items():
         if key not in drop:
             add(writer, key, value)
     names = gguf.get_tensor_name_map(

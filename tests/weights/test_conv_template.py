@@ -76,7 +76,7 @@ FRESH = (
 )
 
 
-# --- rendering -----------------------------------------------------------------------------------
+# --- rendering ---------------------------------------------------------------------------------
 
 
 def mlc_prompt(config: dict[str, Any], messages: list[Any], system: str | None) -> str:
@@ -91,7 +91,7 @@ def mlc_prompt(config: dict[str, Any], messages: list[Any], system: str | None) 
             continue
         skip = not config["add_role_after_system_message"] and block != "" and i == 0
         prefix = "" if skip else config["roles"][role] + config["role_content_sep"]
-        filled = config["role_templates"][role].replace("{%s_message}" % role, content)
+        filled = config["role_templates"][role].replace("{" + role + "_message}", content)
         parts.append(prefix + filled + seps[role == "assistant"])
     return "".join(parts)
 
@@ -173,7 +173,7 @@ def test_a_name_needs_its_tokens() -> None:
         by_name("llama-3", no_bos)
 
 
-# --- deriving and proving ------------------------------------------------------------------------
+# --- deriving and proving ----------------------------------------------------------------------
 
 DERIVABLE = [name for name in TEMPLATES if name not in ("llama-2", "mistral-v0.3")]
 
@@ -234,9 +234,7 @@ def test_reasoning_is_dropped_where_the_template_drops_it() -> None:
         text = template.render(REASONING.messages())
         assert ("<think>" not in text) is drops
         assert text == hf_prompt(source, known, REASONING)
-    other = CHATML_BODY.replace(
-        "m['content'] +", "m['content'].replace('<think>', '[thought]') +"
-    )
+    other = CHATML_BODY.replace("m['content'] +", "m['content'].replace('<think>', '[thought]') +")
     notes = resolve("auto", other, CHATML, "x").notes
     assert any("<think> blocks" in note for note in notes)
 
@@ -292,7 +290,11 @@ NOT_EXPRESSIBLE = {
         "chatml",
         "in the conversation 'two turns'",
     ),
-    "upper case": (CHATML_BODY.replace("m['content'] +", "m['content']|upper +"), "chatml", "drops"),
+    "upper case": (
+        CHATML_BODY.replace("m['content'] +", "m['content']|upper +"),
+        "chatml",
+        "drops",
+    ),
     "squeezed white space": (
         CHATML_BODY.replace("m['content'] +", "m['content'].split()|join(' ') +"),
         "chatml",
@@ -364,7 +366,7 @@ def test_a_named_template_is_compared_and_the_difference_told() -> None:
     assert resolve("chatml", None, known, "x").notes == ()
 
 
-# --- hostile templates -----------------------------------------------------------------------------
+# --- hostile templates -------------------------------------------------------------------------
 
 HOSTILE = {
     "not Jinja": ("{% for %}", "not valid Jinja"),

@@ -74,9 +74,7 @@ def test_tensors_and_config_are_those_of_the_transformers_model(
 
 
 @pytest.mark.parametrize("quant", ["F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"])
-def test_every_stored_type_and_any_rows(
-    models: dict[str, Any], tmp_path: Path, quant: str
-) -> None:
+def test_every_stored_type_and_any_rows(models: dict[str, Any], tmp_path: Path, quant: str) -> None:
     expected = write(tmp_path / "m.gguf", models["llama"], "llama", quant=quant)
     checkpoint = open_checkpoint(tmp_path / "m.gguf")
     plain = {"F16": "float16", "BF16": "bfloat16"}

@@ -7,16 +7,25 @@ from tvm.ir import IRModule
 
 from mlc_compile.config import CompileConfig
 
+TOP_PROBS = 20  # most alternatives a chat API reports for one token
+
 
 def upper_bounds(config: CompileConfig) -> dict[str, int]:
-    """The largest number of tokens (`seq_len`), sequences (`batch_size`) and rows of the stack (`n`).
+    """The largest values of the symbolic extents of nn/export.py and nn/sampling.py.
 
-    A row of the stack is a token of a prefill chunk or a sequence of a batch.
+    A row of the transformer stack (`n`) is a token of a prefill chunk or a sequence of a batch.
     """
+    chunk, batch = config.prefill_chunk_size, config.max_batch_size
     return {
-        "seq_len": config.prefill_chunk_size,
-        "batch_size": config.max_batch_size,
-        "n": max(config.prefill_chunk_size, config.max_batch_size),
+        "seq_len": chunk,
+        "batch_size": batch,
+        "n": max(chunk, batch),
+        "num_samples": batch,
+        "num_seqs": batch,
+        "num_positions": batch * TOP_PROBS,
+        "num_tokens": batch * config.kv_tokens,
+        "num_nodes": batch * chunk,
+        "num_rows": max(chunk, batch),
     }
 
 

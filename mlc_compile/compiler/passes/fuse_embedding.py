@@ -28,6 +28,5 @@ def _rule(rewriter: CallRewriter, call: relax.Call) -> relax.Expr | None:
     return rewriter.call_kernel(kernel, "embedding", [ids, *operands], [call.ty])
 
 
-
 def fuse_embedding(mod: IRModule, kernels: Kernels) -> IRModule:
     return CallRewriter(mod, kernels, _rule).transform()

@@ -32,6 +32,5 @@ def _rule(rewriter: CallRewriter, call: relax.Call) -> relax.Expr | None:
     return None if kernel is None else rewriter.call_kernel(kernel, "gated", [gate_up], [call.ty])
 
 
-
 def fuse_gated(mod: IRModule, kernels: Kernels) -> IRModule:
     return CallRewriter(mod, kernels, _rule).transform()

@@ -16,7 +16,7 @@ from mlc_compile.compiler.passes.rewrite import (
     shape_of,
 )
 from mlc_compile.quantization.linear import DEQUANTIZE
-from mlc_compile.quantization.scheme import QuantScheme, get_scheme
+from mlc_compile.quantization.scheme import Layout, QuantScheme, get_scheme
 from mlc_compile.targets.kernels import Kernels, LinearSpec
 
 
@@ -65,14 +65,15 @@ def _linear(
 
 def packed_operands(
     rewriter: CallRewriter, weight: relax.Expr
-) -> tuple[QuantScheme | None, str, list[relax.Expr]]:
-    """(scheme, layout, [q_weight, q_scale]) behind a `dequantize` call, else (None, "NK", [weight])."""
+) -> tuple[QuantScheme | None, Layout, list[relax.Expr]]:
+    """(scheme, layout, [q_weight, q_scale]) behind a `dequantize` call; of a plain weight
+    itself."""
     call = rewriter.definition(weight)
     func = rewriter.callee(call)
     if func is None or func.attrs is None or func.attrs.get("mlc.op") != DEQUANTIZE:
         return None, "NK", [weight]
-    scheme, layout = str(func.attrs["mlc.scheme"]), str(func.attrs["mlc.layout"])
-    return get_scheme(scheme), layout, list(call.args[1].fields)
+    layout: Layout = "KN" if str(func.attrs["mlc.layout"]) == "KN" else "NK"
+    return get_scheme(str(func.attrs["mlc.scheme"])), layout, list(call.args[1].fields)
 
 
 def fuse_linear(mod: IRModule, kernels: Kernels) -> IRModule:

@@ -39,6 +39,5 @@ def _rule(rewriter: CallRewriter, call: relax.Call) -> relax.Expr | None:
     return rewriter.call_kernel(kernel, "qk_norm", [qkv, *weights], [call.ty])
 
 
-
 def fuse_qk_norm(mod: IRModule, kernels: Kernels) -> IRModule:
     return CallRewriter(mod, kernels, _rule).transform()

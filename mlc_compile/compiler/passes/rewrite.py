@@ -1,4 +1,5 @@
-"""What the fusing passes share: a mutator that can look through bindings and call a target's kernel."""
+"""What the fusing passes share: a mutator that can look through bindings and call a target's
+kernel."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from mlc_compile.targets.kernels import Kernels
 
 
 def op_name(expr: relax.Expr | None) -> str:
-    """"relax.add" for a call of that operator, the empty string for anything else."""
+    """ "relax.add" for a call of that operator, the empty string for anything else."""
     if isinstance(expr, relax.Call) and isinstance(expr.op, ir.Op):
         return str(expr.op.name)
     return ""
@@ -62,7 +63,8 @@ class CallRewriter(PyExprMutator):
         return call if rewritten is None else rewritten
 
     def definition(self, expr: relax.Expr) -> relax.Expr:
-        """The expression a variable is bound to, followed through aliases; else the expression itself."""
+        """The expression a variable is bound to, followed through aliases; else the expression
+        itself."""
         while isinstance(expr, relax.Var):
             bound = self.lookup_binding(expr)
             if bound is None:

@@ -1,0 +1,112 @@
+"""The planner: the estimate against the compiler's static plan, and the budget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mlc_compile.compiler import memory
+from mlc_compile.compiler.inputs import load_inputs
+from mlc_compile.errors import InputError
+from mlc_compile.models.registry import ARCHITECTURES
+from mlc_compile.quantization.policy import stored_params
+from mlc_compile.quantization.scheme import SCHEMES
+from mlc_compile.targets.profile import TARGETS, get_target
+
+MakeConfig = Callable[..., Path]
+
+SHAPES = {
+    "as it is": {},
+    "wide": {"intermediate_size": 512},
+    "narrow": {"intermediate_size": 32, "num_hidden_layers": 3},
+    "large vocabulary": {"vocab_size": 4096},
+}
+
+
+def static_workspace(folder: Path) -> tuple[int, int]:
+    """(the compiler's planned bytes, the estimate) without generating code."""
+    from mlc_compile.compiler.opt import parse_opt
+    from mlc_compile.compiler.passes.bounds import upper_bounds
+    from mlc_compile.compiler.pipeline import PhaseRunner, graph_phases
+    from mlc_compile.nn.export import export_decoder
+    from mlc_compile.quantization.linear import SchemeLayers
+    from mlc_compile.targets.parsing import fast_parsing
+
+    inputs = load_inputs(folder, {})
+    profile, _ = get_target("cpu")
+    backend = profile.backend()
+    target = backend.tvm_target(None)
+    params = [s for spec in inputs.model.parameters() for s in stored_params(spec, inputs.scheme)]
+    with fast_parsing():
+        module = export_decoder(
+            inputs.model,
+            SchemeLayers(inputs.scheme),
+            params,
+            inputs.config,
+            backend.kv_cache_kernels(target),
+        )
+        phases = graph_phases(target, backend.kernels(target), inputs.config, parse_opt("O2"))
+        module = PhaseRunner(target, None).run(module, phases)
+    usage = memory.static_workspace(module, upper_bounds(inputs.config))
+    estimate = memory.estimate_plan(inputs.model, inputs.scheme, inputs.config, profile)
+    return max(usage[name] for name in memory.PLANNED), estimate.workspace
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_estimate_agrees_with_the_static_plan(
+    config_dir: MakeConfig, model_type: str, shape: str
+) -> None:
+    planned, estimated = static_workspace(config_dir(model_type, **SHAPES[shape]))
+    assert abs(estimated - planned) <= 0.05 * planned, (planned, estimated)
+
+
+@pytest.mark.parametrize("quantization", ["q0f32", "q0bf16", "q3f16_1"])
+def test_estimate_agrees_for_other_dtypes(config_dir: MakeConfig, quantization: str) -> None:
+    planned, estimated = static_workspace(config_dir(quantization=quantization))
+    assert abs(estimated - planned) <= 0.05 * planned, (planned, estimated)
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_weights_are_the_stored_bytes(config_dir: MakeConfig, name: str) -> None:
+    inputs = load_inputs(config_dir(quantization=name), {})
+    stored = [s for spec in inputs.model.parameters() for s in stored_params(spec, inputs.scheme)]
+    assert memory.weight_bytes(inputs.model, inputs.scheme) == sum(s.nbytes for s in stored)
+
+
+def test_kv_cache_of_known_numbers(config_dir: MakeConfig) -> None:
+    inputs = load_inputs(config_dir(quantization="q0f16"), {})
+    # 2 sequences x 128 tokens = 16 pages and one spare; 2 layers x (k, v) x 2 heads x 16 x 16 x 2 B
+    pages = 17 * 2 * 2 * 2 * 16 * 16 * 2
+    chunk = 32 * (2 * 4 * 16 * 2 + 2 * 2 * 16 * 2 + 2 * 4 * 4)
+    assert memory.kv_cache_bytes(inputs.model, "float16", inputs.config) == pages + chunk
+
+
+def test_sliding_window_bounds_the_cache(config_dir: MakeConfig) -> None:
+    folder = config_dir("mistral", sliding_window=32)
+    full = load_inputs(folder, {"context_window_size": 32})
+    slid = load_inputs(folder, {"sliding_window_size": 32})
+    assert slid.config.context_window_size == -1
+    # window + chunk - 1 tokens and two partly used pages for each sequence
+    assert memory.kv_cache_pages(slid.config) == -(-2 * (32 + 32 - 1) // 16) + 1 + 2 * 2
+    assert memory.kv_cache_pages(full.config) == 2 * 32 // 16 + 1
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_budget_is_kept_to_the_byte(config_dir: MakeConfig, target: str) -> None:
+    inputs = load_inputs(config_dir(), {})
+    profile, _ = get_target(target)
+    plan = memory.estimate_plan(inputs.model, inputs.scheme, inputs.config, profile)
+    memory.check_budget(plan, plan.total)
+    memory.check_budget(plan, None)
+    with pytest.raises(InputError, match=r"the plan needs .* and the budget is .*weights"):
+        memory.check_budget(plan, plan.total - 1)
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (3 << 30, "3.0 GiB")]
+)
+def test_bytes_for_people(count: int, text: str) -> None:
+    assert memory.format_bytes(count) == text
