@@ -68,8 +68,9 @@ format: $(DEV) ## Mend what ruff can mend.
 	$(BIN)/ruff format .
 
 .PHONY: docs
-docs: $(BASE) ## Write docs/cli.md from the commands' own help.
+docs: $(BASE) ## Write docs/cli.md and the tables of README.md.
 	$(BIN)/python docs/generate_cli.py > docs/cli.md
+	$(BIN)/python docs/generate_tables.py
 
 .PHONY: clean
 clean: ## Remove what was built; keeps .venv.
@@ -83,6 +84,9 @@ $(BASE):
 	@rm -f $(VENV)/.base-* $(VENV)/.smollm2-* $(VENV)/.dev-*
 	@echo "Installing the base packages …"
 	@$(PIP) $(PIP_ARGS) -e .
+	@command -v cc gcc clang >/dev/null || { \
+	  echo "No C compiler here: installing ziglang to link libraries with …"; \
+	  $(PIP) $(PIP_ARGS) -e '.[link]'; }
 	@touch $@
 
 $(DATA): | $(BASE)

@@ -14,7 +14,7 @@ from contextlib import ExitStack
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -114,17 +114,18 @@ def command(
             output = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mlc_compile_")))
         # The tiny model was trained on prose, not on conversations.
         raw = model == "tiny"
-        results = []
+        results: dict[str, list[Any]] = {}
         for line in steps(path, quantization, target, output, prompt, raw):
             out.info(f"\n$ mlc_compile {shlex.join(line)}")
             name, *rest = line
             step = group.get_command(click.get_current_context(), name)
             assert step is not None
             flags = {1: ["-v"], 0: [], -1: ["-q"]}[out.verbosity]
-            results.append(
+            results.setdefault(name, []).append(
                 step.main([*rest, *flags], prog_name=f"mlc_compile {name}", standalone_mode=False)
             )
-    _, _, _, _, params, library, _, reply, speed = results
+    params, library = results["inspect"]
+    [reply], [speed] = results["run"], results["bench"]
     seconds = time.monotonic() - started
     print_summary(summary(prompt, raw, params, library, reply, speed, seconds, kept))
 

@@ -129,7 +129,8 @@ class Exporter:
         ty = relax.TensorType([extent, self.hidden_size], self.dtype)
         x, cache = relax.Var("hidden_states", ty), relax.Var("paged_kv_cache", relax.AnyType())
         packed = self._packed_params()
-        with self.builder.function(name, [x, cache, packed], private=False):
+        # num_input: the parameters' types, which the caller has checked, are not checked again
+        with self.builder.function(name, [x, cache, packed], attrs={"num_input": 2}):
             with self.builder.dataflow():
                 self._bind(packed)
                 y = self.decoder.hidden_states(

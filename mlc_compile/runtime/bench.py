@@ -166,7 +166,6 @@ def bench(
         "prompt_tokens": prompt_tokens,
         "decode_tokens": decode_tokens,
         "repeats": repeats,
-        "threads": threads or cores,
     }
     environment = os.environ | {THREADS_VARIABLE: str(threads or cores)}
     with subprocess.Popen(
@@ -202,11 +201,10 @@ def measure(
     prompt_tokens: int,
     decode_tokens: int,
     repeats: int,
-    threads: int,
     progress: Progress,
     bandwidth_bytes: int = BANDWIDTH_BYTES,
 ) -> BenchReport:
-    """Measure in this process, which must have been started with as many threads.
+    """Measure in this process, with as many threads as TVM has in it.
 
     bandwidth_bytes: size of the buffer for read_bandwidth.
     """
@@ -214,8 +212,9 @@ def measure(
     from mlc_compile.runtime.engine import Engine
 
     require_tvm()
-    import tvm  # noqa: F401  here, so that neither time nor memory of the import count as loading
+    import tvm  # here, so that neither time nor memory of the import count as loading
 
+    threads = int(tvm.get_global_func("runtime.NumThreads")())
     base_rss = peak_rss()
     steps = repeats + 3
     progress("load", 0, steps)

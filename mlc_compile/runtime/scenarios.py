@@ -312,7 +312,8 @@ def _wrap(d: Driver, limits: Limits, greedy: Greedy, notes: list[str]) -> None:
         length = window + 5
     if length + steps > limits.longest:
         raise SkipError(
-            f"a text longer than the window of {window} tokens is long to compute with this model; --thorough does it"
+            f"a text longer than the window of {window} tokens takes this model long; --thorough "
+            "does it"
         )
     text = limits.tokens("long", length + steps + min(chunk, 64))
     with d.sequences(0):
@@ -332,7 +333,7 @@ def _full(d: Driver, limits: Limits, greedy: Greedy, notes: list[str]) -> None:
         raise SkipError("a sliding window has no end")
     if limits.context > limits.longest:
         raise SkipError(
-            f"a text of all {limits.context} tokens is long to compute with this model; --thorough does it"
+            f"a text of all {limits.context} tokens takes this model long; --thorough does it"
         )
     text = limits.tokens("long", limits.context)
     start = max(1, len(text) - 3)

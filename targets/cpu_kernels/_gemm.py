@@ -1,10 +1,13 @@
 """Many rows times a weight: dequantise a tile of columns once, then multiply it with all rows.
 
 - x is first rewritten as float32 panels of a few rows, so that a tile reads one contiguous stream.
-- Each task takes `width` output columns: it dequantises (or converts) their weights into a float32 scratch
-  [K, width] that stays in the core's own cache, transposing in registers, then runs over the panels.
-- The micro-kernel keeps a block of rows x vectors of the output in registers. Rows that do not fill a panel go
-  through smaller blocks of the same code, so 2 rows don't cost 8.
+- Each task takes `width` output columns: it dequantises (or converts) their weights into a float32
+  tile [K, width] that stays in the core's own cache, transposing in registers, then runs over the
+  panels.
+- The micro-kernel keeps a block of rows x vectors of the output in registers. Rows that do not fill
+  a panel go through smaller blocks of the same code, so 2 rows don't cost 8.
+- Loops are left rolled wherever LLVM needs no unrolling for speed: TVM's passes, not LLVM, dominate
+  the compile time of unrolled code.
 """
 
 from __future__ import annotations
@@ -12,16 +15,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+from tvm import tirx
+from tvm.tirx.script.builder import ir as T
+
 from mlc_compile.quantization.scheme import QuantScheme
 from mlc_compile.targets.cpu_kernels import _vector as vec
 from mlc_compile.targets.cpu_kernels._gemv import block_start
 from mlc_compile.targets.cpu_kernels._packed import fields, unpack
-from mlc_compile.targets.cpu_kernels._vector import Buffer, Expr
-from tvm import tirx
-from tvm.tirx.script.builder import ir as T
+from mlc_compile.targets.cpu_kernels._vector import F32, Buffer, Expr
 
-F32 = "float32"
 STEP = 4  # elements of K per step of the micro-kernel
+MAX_PARTS = 8
 PANELS_ON_ONE_CORE = 2  # waking the other cores costs more than packing this many panels
 
 
@@ -38,7 +42,7 @@ class Blocking(NamedTuple):
 
 
 def blocking(n: int, vector_bits: int) -> Blocking:
-    """Sized for the registers: 32 with AVX-512, else 16 (SSE, AVX2; NEON has 32, which then stay unused)."""
+    """Sized for the registers: 32 with AVX-512, else 16 (true of SSE and AVX2; NEON has 32)."""
     rows, vectors = (8, 3) if vector_bits >= 512 else (4, 3)
     lanes = min(vector_bits // 32, vec.power_of_two(n))
     return Blocking(rows, min(vectors, n // lanes), lanes)
@@ -47,7 +51,7 @@ def blocking(n: int, vector_bits: int) -> Blocking:
 def _pack_panel(
     x: Buffer, panels: Buffer, panel: Expr, n: Expr, k: int, padded: int, rows: int, lanes: int
 ) -> None:
-    """x[panel * rows :, :] as float32 in the order [K / STEP][rows][STEP]; missing rows stay as they are."""
+    """x[panel * rows :, :] as float32 [K / STEP][rows][STEP]; missing rows are not written."""
     base = vec.bind(panel * vec.i64(padded * rows))
 
     def put(at: Expr, r: Expr, value: Expr, width: int, lane: int = 0) -> None:
@@ -144,7 +148,7 @@ def _emit_group(
     scheme: QuantScheme,
     lanes: int,
 ) -> None:
-    """Unpack one group, whose words are vectors along N, into the tile from (word, column) `at` on."""
+    """Unpack one group of words, vectors along N, into the tile from (word, column) `at` on."""
     word, offset = at
     scale = vec.bind(scale)
     scales = {
@@ -221,7 +225,7 @@ def gemm(
     vector_bits: int,
     num_cores: int,
 ) -> None:
-    """x [n, K] times the weight (q_weight, q_scale or plain [N, K]) -> out [n, N]; shape is (N, K)."""
+    """x [n, K] times (q_weight, q_scale) or a plain [N, K] -> out [n, N]; shape is (N, K)."""
     n, k = shape
     block = blocking(n, vector_bits)
     lanes, rows, width = block.lanes, block.rows, block.width
@@ -237,56 +241,58 @@ def gemm(
         with T.Else(), vec.parallel(count) as panel:
             _pack_panel(x, panels, panel, n_rows, k, padded, rows, x_lanes)
 
-    with vec.parallel(-(-n // width)) as task:
-        column = block_start(task, width, n)
-        tile = vec.buffer((padded, width), F32)
-        if scheme is None:
-            _tile_plain_nk(weight[0], tile, column, k, padded, block)
-        elif scheme.layout == "NK":
-            _tile_packed_nk(weight[0], weight[1], tile, column, k, scheme, block)
-        else:
-            _tile_packed_kn(weight[0], weight[1], tile, column, k, scheme, block)
-
-        def multiply(panel: Expr, height: int) -> None:
-            """The first `height` rows of a panel times the tile."""
-            sums = [vec.accumulators(block.vectors, lanes) for _ in range(height)]
-            for v in range(block.vectors):
-                first = vec.const(0.0, F32, lanes)
-                if bias is not None:
-                    at = column + vec.i64(v * lanes)
-                    first = vec.bind(vec.load_float(bias, [at], lanes))
-                for per_row in sums:
-                    vec.put(per_row[v], first, lanes)
-            base = vec.bind(panel * vec.i64(padded * rows))
-            with vec.serial(padded // STEP) as step, vec.serial(STEP) as i:
-                depth = vec.bind(step * vec.i64(STEP) + i)
-                columns = [
-                    vec.bind(vec.load(tile, [depth, v * lanes], lanes))
-                    for v in range(block.vectors)
-                ]
-                start = vec.bind(base + step * vec.i64(STEP * rows) + i)
-                for r, per_row in enumerate(sums):
-                    activation = vec.load(panels, [start + vec.i64(r * STEP)], 1)
-                    activation = vec.bind(vec.splat(activation, lanes))
-                    for total, value in zip(per_row, columns, strict=True):
-                        vec.put(total, vec.get(total, lanes) + activation * value, lanes)
+    def multiply(tile: Buffer, column: Expr, panel: Expr, height: int) -> None:
+        """The first `height` rows of a panel times the tile."""
+        sums = [vec.accumulators(block.vectors, lanes) for _ in range(height)]
+        for v in range(block.vectors):
+            first = vec.const(0.0, F32, lanes)
+            if bias is not None:
+                first = vec.bind(vec.load_float(bias, [column + vec.i64(v * lanes)], lanes))
+            for per_row in sums:
+                vec.put(per_row[v], first, lanes)
+        base = vec.bind(panel * vec.i64(padded * rows))
+        with vec.serial(padded // STEP) as step, vec.serial(STEP) as i:
+            depth = vec.bind(step * vec.i64(STEP) + i)
+            columns = [
+                vec.bind(vec.load(tile, [depth, v * lanes], lanes)) for v in range(block.vectors)
+            ]
+            start = vec.bind(base + step * vec.i64(STEP * rows) + i)
             for r, per_row in enumerate(sums):
-                row = vec.bind(panel * vec.i64(rows) + vec.i64(r))
-                with T.If(row < n_rows), T.Then():
-                    for v, total in enumerate(per_row):
-                        at = column + vec.i64(v * lanes)
-                        vec.store_float(out, [row, at], vec.get(total, lanes), lanes)
+                activation = vec.load(panels, [start + vec.i64(r * STEP)], 1)
+                activation = vec.bind(vec.splat(activation, lanes))
+                for total, value in zip(per_row, columns, strict=True):
+                    vec.put(total, vec.get(total, lanes) + activation * value, lanes)
+        for r, per_row in enumerate(sums):
+            row = vec.bind(panel * vec.i64(rows) + vec.i64(r))
+            with T.If(row < n_rows), T.Then():
+                for v, total in enumerate(per_row):
+                    at = column + vec.i64(v * lanes)
+                    vec.store_float(out, [row, at], vec.get(total, lanes), lanes)
 
-        # A last panel that is at most half full goes through a smaller block.
-        heights = [h for h in (rows // 2, rows // 4) if h]
-        full = vec.bind(
-            tirx.floordiv(n_rows + vec.i64(rows - 1 - heights[0]), vec.i64(rows))
-            if heights
-            else count
-        )
-        with vec.serial(full) as panel:
-            multiply(panel, rows)
-        left = vec.bind(n_rows - full * vec.i64(rows))
-        for height, smaller in zip(heights, [*heights[1:], 0], strict=True):
-            with T.If(tirx.all(left > vec.i64(smaller), left <= vec.i64(height))), T.Then():
-                multiply(full, height)
+    # A last panel that is at most half full goes through a smaller block: `left` rows of panel `full`.
+    heights = (rows // 2, rows // 4)
+    full = vec.bind(tirx.floordiv(n_rows + vec.i64(rows - 1 - heights[0]), vec.i64(rows)))
+    left = vec.bind(n_rows - full * vec.i64(rows))
+
+    # Few tiles for many cores: also split the panels. Each part dequantises for itself.
+    tiles = -(-n // width)
+    parts = max(1, min(MAX_PARTS, 2 * num_cores // tiles))
+    with vec.parallel(tiles * parts) as task:
+        column = block_start(tirx.floordiv(task, vec.i64(parts)), width, n)
+        part = vec.bind(tirx.floormod(task, vec.i64(parts)))
+        begin = vec.bind(tirx.floordiv(count * part, vec.i64(parts)))
+        end = vec.bind(tirx.floordiv(count * (part + vec.i64(1)), vec.i64(parts)))
+        with T.If(begin < end), T.Then():
+            tile = vec.buffer((padded, width), F32)
+            if scheme is None:
+                _tile_plain_nk(weight[0], tile, column, k, padded, block)
+            elif scheme.layout == "NK":
+                _tile_packed_nk(*weight, tile, column, k, scheme, block)
+            else:
+                _tile_packed_kn(*weight, tile, column, k, scheme, block)
+            with vec.serial(tirx.min(end, full) - begin) as i:
+                multiply(tile, column, begin + i, rows)
+            for height, smaller in zip(heights, (heights[1], 0), strict=True):
+                fits = tirx.all(left > vec.i64(smaller), left <= vec.i64(height))
+                with T.If(tirx.all(end > full, fits)), T.Then():
+                    multiply(tile, column, full, height)

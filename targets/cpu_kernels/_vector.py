@@ -1,11 +1,11 @@
 """Explicit vector code in TIR: the few operations that every CPU kernel here is made of.
 
-- A vector value is a TIR expression whose dtype has lanes, e.g. ``float32x16``; one lane is a scalar.
-- Values used twice are bound (``let``), so that LLVM sees one definition and no pass has to look for it.
-- An accumulator is a ``local`` buffer of exactly one vector: LLVM turns it into a register.
+- A vector value is a TIR expression whose dtype has lanes (`float32x16`); one lane is a scalar.
+- Values used twice are bound (`let`): LLVM sees one definition and no pass has to look for it.
+- An accumulator is a buffer of exactly one vector on the stack: LLVM turns it into a register.
 
-Nothing here knows an instruction set: LLVM picks the instructions, so the same code serves AVX-512, AVX2,
-SSE2 and NEON; only the number of lanes differs.
+Nothing here knows an instruction set: LLVM picks the instructions, so the same code serves AVX-512,
+AVX2, SSE2 and NEON; only the number of lanes differs.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def load_float_rows(buffer: Buffer, row: Expr, column: Expr, lanes: int) -> Expr
 
 
 def store_float(buffer: Buffer, index: Sequence[Expr | int], value: Expr, lanes: int) -> None:
-    """`store` a float32 vector into a float32, float16 or bfloat16 buffer, rounding to nearest even."""
+    """`store` a float32 vector into a buffer of any of the three types, rounded to nearest even."""
     dtype = str(buffer.dtype)
     if dtype == "float16":
         value = cast(value, dtype, lanes)
@@ -97,7 +97,9 @@ def store_float(buffer: Buffer, index: Sequence[Expr | int], value: Expr, lanes:
         rounded = bits + odd + const(0x7FFF, "uint32", lanes)
         # Rounding could carry a NaN into infinity: keep its top bits, quiet.
         quiet = tirx.bitwise_or(bits, const(0x400000, "uint32", lanes))
-        rounded = tirx.Select(value == value, rounded, quiet)
+        magnitude = tirx.bitwise_and(bits, const(0x7FFFFFFF, "uint32", lanes))
+        nan = magnitude > const(0x7F800000, "uint32", lanes)
+        rounded = tirx.Select(nan, quiet, rounded)
         half = cast(tirx.shift_right(rounded, const(16, "uint32", lanes)), "uint16", lanes)
         value = bitcast(half, dtype, lanes)
     store(buffer, index, value, lanes)
@@ -132,7 +134,7 @@ def bitcast(value: Expr, dtype: str, lanes: int) -> Expr:
 def shuffle(vectors: Sequence[Expr], lanes: Sequence[int]) -> Expr:
     """Lane ``i`` of the result is lane ``lanes[i]`` of the concatenated ``vectors``.
 
-    A result wider than all of them is padded with copies first: TVM wants that, LLVM sees through it.
+    TVM wants no result wider than its input, so that is padded with copies; LLVM drops them.
     """
     parts = list(vectors)
     total = sum(part.ty.dtype.lanes for part in parts)
@@ -181,7 +183,7 @@ def power_of_two(limit: int) -> int:
 
 
 def pieces(total: int, lanes: int) -> list[tuple[int, int]]:
-    """What is left of ``total`` elements after all full vectors: ``(offset, lanes)`` per narrower vector."""
+    """What full vectors leave of ``total`` elements: ``(offset, lanes)`` of narrower vectors."""
     offset = total - total % lanes
     found = []
     while offset < total:
@@ -191,17 +193,17 @@ def pieces(total: int, lanes: int) -> list[tuple[int, int]]:
     return found
 
 
-def widen(value: Expr, lanes: int, to: int) -> Expr:
-    """A float32 vector padded with zeros to ``to`` lanes."""
-    if lanes == to:
+def concat(parts: Sequence[Expr], lanes: int) -> Expr:
+    """Vectors of ``lanes`` each, side by side."""
+    return parts[0] if len(parts) == 1 else shuffle(parts, range(lanes * len(parts)))
+
+
+def widen(value: Expr, lanes: int, first: int, count: int, to: int) -> Expr:
+    """``count`` lanes of a float32 vector, from ``first`` on, padded with zeros to ``to``."""
+    if lanes == to == count:
         return value
-    if lanes == 1:
-        value, lanes = splat(value, 2), 2
-        keep = 1
-    else:
-        keep = lanes
-    zero = const(0.0, "float32", lanes)
-    return shuffle([value, zero], [i if i < keep else lanes for i in range(to)])
+    zero = const(0.0, F32, lanes)
+    return shuffle([value, zero], [first + i if i < count else lanes for i in range(to)])
 
 
 def horizontal_sum(value: Expr, lanes: int) -> Expr:
@@ -244,7 +246,8 @@ def horizontal_sums4(values: Sequence[Expr], lanes: int) -> Expr:
 def transpose(vectors: Sequence[Expr], lanes: int) -> list[Expr]:
     """Transpose a square of ``lanes`` vectors: lane j of vector i becomes lane i of vector j.
 
-    Inside each 128-bit block by interleaving (one instruction on SSE, AVX and NEON), then blocks of four lanes.
+    Inside each 128-bit block by interleaving (one instruction on SSE, AVX and NEON), then blocks of
+    four lanes.
     """
     v = list(vectors)
 

@@ -77,8 +77,6 @@ class Tiling:
             for g in range(1, spec.group_size + 1)
             if spec.group_size % g == 0 and (g == 1 or g * per_page <= limit)
         )
-        # With a sliding window the query is rotated anew for every page.
-        pages = 1 if spec.sliding_window is not None else max(1, 12 // (group * per_page))
         return Tiling(
             lanes=lanes,
             tile_lanes=-(-rows * spec.group_size // chunk) * chunk,
@@ -87,7 +85,7 @@ class Tiling:
             row_dims=lanes_for(spec.head_dim, keys),
             row_vectors=vectors,
             group=group,
-            pages=pages,
+            pages=max(1, 12 // (group * per_page)),
         )
 
 
@@ -1017,6 +1015,7 @@ def _decode(spec: KVCacheSpec, tiling: Tiling) -> tirx.PrimFunc:
     limited, sinks = spec.sliding_window is not None, spec.attention_sink
     reach = (spec.sliding_window or 0) - sinks
     segments, length_rows = (2, 3) if limited else (1, 1)
+    page_query = group * d if limited else 0  # each page has its own rotation of the query
 
     def fold_max(buffer: T.Buffer) -> None:
         _fold(buffer, lanes, T.max)
@@ -1025,7 +1024,9 @@ def _decode(spec: KVCacheSpec, tiling: Tiling) -> tirx.PrimFunc:
         _fold(buffer, lanes, lambda a, b: a + b)
 
     @T.macro
-    def rotate_query(q: T.Buffer, qr: T.Buffer, freq: T.Buffer, position: T.int32) -> None:
+    def rotate_query(
+        q: T.Buffer, qr: T.Buffer, freq: T.Buffer, position: T.int32, n: T.int32
+    ) -> None:
         # By minus the page's position: what is left to a key is its slot in the page.
         c = T.alloc_buffer((half,), "float32")
         s = T.alloc_buffer((half,), "float32")
@@ -1040,8 +1041,8 @@ def _decode(spec: KVCacheSpec, tiling: Tiling) -> tirx.PrimFunc:
                     e = T.meta_var(o * half_lanes + i)
                     x = T.meta_var(q[g * d + e])
                     y = T.meta_var(q[g * d + e + half])
-                    qr[g * d + e] = x * c[e] + y * s[e]
-                    qr[g * d + e + half] = y * c[e] - x * s[e]
+                    qr[(n * group + g) * d + e] = x * c[e] + y * s[e]
+                    qr[(n * group + g) * d + e + half] = y * c[e] - x * s[e]
 
     @T.macro
     def scores(pages: T.Buffer, q: T.Buffer, base: T.Buffer, p: T.Buffer) -> None:
@@ -1056,7 +1057,8 @@ def _decode(spec: KVCacheSpec, tiling: Tiling) -> tirx.PrimFunc:
                         for g in T.unroll(block):
                             for i in T.vectorized(lanes):
                                 a = T.meta_var(g * keys + n * page + v * lanes + i)
-                                acc[a] = acc[a] + q[(gb * block + g) * d + e] * T.Cast(
+                                x = T.meta_var(q[n * page_query + (gb * block + g) * d + e])
+                                acc[a] = acc[a] + x * T.Cast(
                                     "float32", pages[base[n] + e * page + v * lanes + i]
                                 )
             for n in T.unroll(block * keys // lanes):
@@ -1154,7 +1156,7 @@ def _decode(spec: KVCacheSpec, tiling: Tiling) -> tirx.PrimFunc:
         scale: T.float32,
     ) -> None:
         ql = T.alloc_buffer((group * d,), "float32")
-        qr = T.alloc_buffer((group * d,), "float32")
+        qr = T.alloc_buffer((pages_in_block * group * d,), "float32")
         o = T.alloc_buffer((group * d,), "float32")
         p = T.alloc_buffer((group * keys,), "float32")
         m = T.alloc_buffer((group,), "float32")
@@ -1176,8 +1178,9 @@ def _decode(spec: KVCacheSpec, tiling: Tiling) -> tirx.PrimFunc:
                 for i in T.vectorized(d_lanes):
                     o[g * d + e * d_lanes + i] = f32(0.0)
             if limited:
-                for e in T.serial(d - 2 * half):
-                    qr[g * d + 2 * half + e] = ql[g * d + 2 * half + e]
+                for n in T.serial(pages_in_block):
+                    for e in T.serial(d - 2 * half):
+                        qr[(n * group + g) * d + 2 * half + e] = ql[g * d + 2 * half + e]
         if limited:
             _window_bounds(bounds, lengths, b, page_count, offsets[b], sinks)
             bounds[3] = T.max(bounds[3], positions[b] - bounds[5] - (reach - 1))
@@ -1201,7 +1204,8 @@ def _decode(spec: KVCacheSpec, tiling: Tiling) -> tirx.PrimFunc:
                         + h
                     ) * (page * d)
                 if limited:
-                    rotate_query(ql, qr, freq, at * page + bounds[segment * 3 + 2])
+                    for n in T.serial(pages_in_block):
+                        rotate_query(ql, qr, freq, (at + n) * page + bounds[segment * 3 + 2], n)
                     scores(pages, qr, base, p)
                 else:
                     scores(pages, ql, base, p)

@@ -1,8 +1,8 @@
 """Rows of a packed or plain embedding table on the CPU, as a TIR PrimFunc.
 
-Lanes are the elements of one word, each shifted down by its own amount; a row is short, so this needs no
-rearrangement. The result is (q - M) * scale in float32, rounded once to the model dtype, which is what the
-format's own arithmetic in the model dtype gives (quantization/group.py).
+Lanes are the elements of one word, each shifted down by its own amount; a row is short, so this
+needs no rearrangement. The result is (q - M) * scale in float32, rounded once to the model dtype,
+which is what the format's own arithmetic in the model dtype gives (quantization/group.py).
 """
 
 from __future__ import annotations

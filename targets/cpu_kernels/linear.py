@@ -1,11 +1,14 @@
 """y = x W^T + b on the CPU, for packed and plain weights, as TIR PrimFuncs.
 
 Notable features
-- One entry, `linear_kernel(spec)`: the GEMV kernels for one row (`_gemv.py`), the tiled GEMM for any number of rows
-  (`_gemm.py`). Both unpack quantised words on the fly; the weight is never materialised.
-- Accumulation is always float32 and no activation is rounded: the result is that of the dequantised weight
-  (q - M) * scale in float32, up to the order of the additions.
-- Any N and K: K is padded to whole groups as the format says, a last block of columns overlaps the one before.
+- One entry, `linear_kernel(spec)`: the GEMV kernels for one row (`_gemv.py`), the tiled GEMM for any
+  number of rows (`_gemm.py`). Both unpack words on the fly; the weight is never materialised.
+- Accumulation is always float32 and no activation is rounded: the result is that of the dequantised
+  weight (q - M) * scale in float32, up to float32 rounding of the sums.
+- Any N and K: K is padded to whole groups as the format says, a last block of columns overlaps the
+  one before.
+- The GEMV kernels open one parallel region, the GEMM kernel two (packing x, then the tiles); packing
+  a few rows stays on the calling thread.
 """
 
 from __future__ import annotations
@@ -29,9 +32,9 @@ class LinearSpec:
     """One matmul shape.
 
     in_features (K), out_features (N): of the weight as the model sees it, without padding.
-    scheme: how the weight is packed, None for a plain [N, K] weight. `scheme.layout` is that of this weight: pass
-        `dataclasses.replace(scheme, layout="NK")` for a tied embedding of a "KN" scheme.
-    weight_dtype: dtype of a plain weight; packed weights are uint32 with scales in `scheme.model_dtype`.
+    scheme: how the weight is packed, None for a plain [N, K] weight. `scheme.layout` is that of this
+        weight: pass `dataclasses.replace(scheme, layout="NK")` for a tied embedding of a "KN" scheme.
+    weight_dtype: of a plain weight; packed weights are uint32, scales `scheme.model_dtype`.
     bias_dtype: dtype of the bias when `has_bias`; x_dtype when None.
     rows: 1 for the GEMV kernel, None for any number n >= 1 of rows (a symbolic int64).
     """
@@ -58,7 +61,7 @@ class LinearSpec:
                 raise ValueError(f"{dtype} is not one of {', '.join(FLOATS)}")
 
     def weight_shapes(self) -> list[tuple[str, tuple[int, int], str]]:
-        """Name, shape and dtype of the weight's buffers, in argument order (notes/mlc-format.md)."""
+        """Name, shape and dtype of the weight's buffers, in argument order (MLC's format)."""
         n, k = self.out_features, self.in_features
         if self.scheme is None:
             assert self.weight_dtype is not None
@@ -75,7 +78,8 @@ class LinearSpec:
 def linear_kernel(spec: LinearSpec, *, vector_bits: int, num_cores: int) -> tirx.PrimFunc:
     """The kernel for `spec`: (x [n, K], q_weight, q_scale | weight, [bias [N]], out [n, N]).
 
-    vector_bits: widest vector registers of the target (512, 256, 128); num_cores: threads of the pool.
+    vector_bits: widest vector registers of the target (512, 256 or 128).
+    num_cores: threads that will share the work.
     """
     n, k = spec.out_features, spec.in_features
     lanes = max(vector_bits // 32, 1)

@@ -374,10 +374,10 @@ def test_popn_and_reuse_of_pages() -> None:
 def test_slots_never_written_may_hold_nan(window: int | None) -> None:
     cache = Cache(total=64, chunk=64, batch=1, window=window)
     pages = runtime("attention_kv_cache_get_num_available_pages", cache.kv)
-    for n in (16 * (pages - 1), 60):
-        # Fill every page with NaN, then see that nothing of it comes back.
-        bad = np.full((1, 16 * (pages - 1), 10, 32), np.nan, np.float32)
-        runtime("kv_state_add_sequence", cache.kv, 7)
+    bad = np.full((1, 16 * (pages - 1), 10, 32), np.nan, np.float32)
+    for n in (5, 60):
+        # Fill the pages with NaN, then see that nothing of it comes back.
+        cache.add(7)
         for half in np.array_split(bad, 2, 1):
             runtime(
                 "kv_state_begin_forward", cache.kv, ShapeTuple([7]), ShapeTuple([half.shape[1]])
@@ -386,9 +386,8 @@ def test_slots_never_written_may_hold_nan(window: int | None) -> None:
             runtime("kv_state_end_forward", cache.kv)
         cache.remove(7)
         cache.add(0)
-        cache.step([0], [n if n <= 64 else 5])
-        cache.step([0], [3] if window else [1])
-        cache.step([0], [1])
+        for m in (n, 3, 1):
+            cache.step([0], [m])
         cache.remove(0)
 
 

@@ -1,0 +1,219 @@
+"""The CPU matmul and embedding kernels against numpy in float64."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import pytest
+import tvm
+
+from mlc_compile.quantization.scheme import SCHEMES, QuantScheme, numpy_dtype
+from mlc_compile.targets.cpu_kernels._packed import fields, raw_fields
+from mlc_compile.targets.cpu_kernels.embedding import EmbeddingSpec, embedding_kernel
+from mlc_compile.targets.cpu_kernels.linear import LinearSpec, linear_kernel
+
+PACKED = [name for name, scheme in SCHEMES.items() if not scheme.is_plain]
+# Error over sum(|x| |w|): rounding of the sums in float32, then of the output.
+TOLERANCE = {"float32": 5e-7, "float16": 6e-4, "bfloat16": 5e-3}
+
+
+@lru_cache
+def host_target() -> tvm.target.Target:
+    return tvm.target.Target(
+        {"kind": "llvm", "mcpu": tvm.target.codegen.llvm_get_system_cpu(), "num-cores": 2}
+    )
+
+
+def compiled(func: tvm.tirx.PrimFunc, target: tvm.target.Target | None = None) -> Any:
+    module = tvm.IRModule({"main": func.with_attr("global_symbol", "main")})
+    return tvm.compile(module, target or host_target())
+
+
+def random_weight(
+    n: int, k: int, scheme: QuantScheme, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(q_weight, q_scale, exact float64 weight): packed here, independent of the package's packer."""
+    groups, per_word = scheme.num_groups(k), scheme.elems_per_word
+    # All codes of the format and, as the padding past K is not promised to be zero, noise there.
+    q = rng.integers(0, 2 * scheme.max_int + 1, (n, groups * scheme.group_size), dtype=np.uint32)
+    scale = rng.uniform(0.1, 1.0, (n, groups)).astype(numpy_dtype(scheme.model_dtype))
+    scale[0, 0] = 0
+    exact = (q.astype(np.float64) - scheme.max_int).reshape(n, groups, -1)
+    exact = (exact * scale.astype(np.float64)[:, :, None]).reshape(n, -1)[:, :k]
+    words = np.zeros((n, scheme.num_words(k)), np.uint32)
+    for i in range(per_word):
+        words |= q[:, i::per_word] << np.uint32(i * scheme.bits)
+    if scheme.layout == "KN":
+        words, scale = np.ascontiguousarray(words.T), np.ascontiguousarray(scale.T)
+    return words, scale, exact
+
+
+def check(spec: LinearSpec, *, rows: tuple[int, ...], vector_bits: int, num_cores: int = 2) -> None:
+    """Compile `spec` and compare with numpy for each number of rows."""
+    rng = np.random.default_rng(spec.out_features * 1009 + spec.in_features)
+    n, k = spec.out_features, spec.in_features
+    if spec.scheme is None:
+        assert spec.weight_dtype is not None
+        plain = rng.standard_normal((n, k)).astype(numpy_dtype(spec.weight_dtype))
+        weight, exact = [plain], plain.astype(np.float64)
+    else:
+        *weight, exact = random_weight(n, k, spec.scheme, rng)
+    bias = rng.standard_normal(n).astype(numpy_dtype(spec.bias_dtype or spec.x_dtype))
+    func = linear_kernel(spec, vector_bits=vector_bits, num_cores=num_cores)
+    kernel = compiled(func).jit()["main"]
+    for count in rows:
+        # A mean away from zero: sums of the raw codes would cancel here.
+        x = (rng.standard_normal((count, k)) + 1.0).astype(numpy_dtype(spec.x_dtype))
+        wide = x.astype(np.float64)
+        expected = wide @ exact.T
+        magnitude = np.abs(wide) @ np.abs(exact).T
+        arguments = [x, *weight]
+        if spec.has_bias:
+            arguments.append(bias)
+            expected = expected + bias.astype(np.float64)
+            magnitude = magnitude + np.abs(bias.astype(np.float64))
+        # Poison: every element must be written.
+        out = tvm.runtime.tensor(np.full((count, n), 7e3, numpy_dtype(spec.out_dtype)))
+        kernel(*(tvm.runtime.tensor(a) for a in arguments), out)
+        error = np.abs(out.numpy().astype(np.float64) - expected) / (magnitude + 1e-6)
+        assert error.max() < TOLERANCE[spec.out_dtype], (spec, count, error.max())
+
+
+def linear_spec(name: str, n: int, k: int, **options: Any) -> LinearSpec:
+    """A spec of scheme `name`, activations and output in its model dtype unless told otherwise."""
+    scheme = SCHEMES[name]
+    dtype = scheme.model_dtype
+    options = {"x_dtype": dtype, "out_dtype": dtype, **options}
+    if scheme.is_plain:
+        return LinearSpec(k, n, None, weight_dtype=dtype, **options)
+    return LinearSpec(k, n, scheme, **options)
+
+
+# One row, and more rows than one panel with each kind of remainder (8 a panel at 512 bits).
+ROWS = {1: (1,), None: (1, 2, 3, 5, 8, 20, 29)}
+
+
+@pytest.mark.parametrize("rows", [1, None])
+@pytest.mark.parametrize("name", SCHEMES)
+def test_every_scheme(name: str, rows: int | None) -> None:
+    # N and K that no vector divides, K not a whole number of groups either.
+    spec = linear_spec(name, 75, 200, out_dtype="float32", has_bias=True, rows=rows)
+    check(spec, rows=ROWS[rows], vector_bits=512)
+
+
+@pytest.mark.parametrize("rows", [1, None])
+@pytest.mark.parametrize("vector_bits", [128, 256])
+@pytest.mark.parametrize("name", ["q4f16_1", "q3f16_1", "q4f16_0", "q0f16"])
+def test_narrow_vectors(name: str, vector_bits: int, rows: int | None) -> None:
+    check(linear_spec(name, 64, 168, rows=rows), rows=ROWS[rows], vector_bits=vector_bits)
+
+
+@pytest.mark.parametrize("rows", [1, None])
+@pytest.mark.parametrize(
+    ("n", "k"),
+    [(1, 64), (3, 7), (5, 1000), (192, 576), (49, 128)],
+    ids=lambda v: str(v),
+)
+def test_odd_shapes(n: int, k: int, rows: int | None) -> None:
+    check(linear_spec("q4f16_1", n, k, rows=rows), rows=(1,) if rows else (1, 9), vector_bits=512)
+    check(linear_spec("q0f32", n, k, rows=rows), rows=(1,) if rows else (1, 9), vector_bits=512)
+
+
+@pytest.mark.parametrize("out_dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("x_dtype", ["float32", "float16", "bfloat16"])
+def test_activation_and_output_dtypes(x_dtype: str, out_dtype: str) -> None:
+    spec = linear_spec("q4f16_1", 20, 96, x_dtype=x_dtype, out_dtype=out_dtype)
+    check(spec, rows=(3,), vector_bits=256)
+    check(dataclasses.replace(spec, rows=1), rows=(1,), vector_bits=256)
+
+
+def test_group_wider_than_a_vector() -> None:
+    scheme = dataclasses.replace(SCHEMES["q4f16_1"], group_size=128)
+    spec = LinearSpec(384, 24, scheme, "float16", "float32")
+    check(spec, rows=(4,), vector_bits=256)
+    check(dataclasses.replace(spec, rows=1), rows=(1,), vector_bits=256)
+
+
+def test_many_cores_split_the_rows_too() -> None:
+    check(linear_spec("q4f32_1", 96, 64), rows=(1, 9, 40, 70), vector_bits=512, num_cores=16)
+
+
+def test_bfloat16_output_rounds_to_even_and_keeps_nan() -> None:
+    spec = LinearSpec(1, 1, None, "float32", "bfloat16", weight_dtype="float32")
+    kernel = compiled(linear_kernel(spec, vector_bits=256, num_cores=2)).jit()["main"]
+    bits = np.array([0x3F808000, 0x3F818000, 0x3F808001, 0x7FFFFFFF, 0x7F800000], np.uint32)
+    x = bits.view(np.float32).reshape(-1, 1)
+    out = tvm.runtime.tensor(np.zeros((5, 1), numpy_dtype("bfloat16")))
+    kernel(tvm.runtime.tensor(x), tvm.runtime.tensor(np.ones((1, 1), np.float32)), out)
+    got = out.numpy()[:, 0]
+    assert got.view(np.uint16)[:3].tolist() == [0x3F80, 0x3F82, 0x3F81]
+    assert np.isnan(got[3].astype(np.float32))
+    assert np.isposinf(got[4].astype(np.float32))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_fields_cover_a_word_once(bits: int) -> None:
+    for places, top in ((fields(bits), 23), (raw_fields(bits), 31)):
+        assert [f.shift + f.position for f in places] == [bits * i for i in range(32 // bits)]
+        assert all(f.position + bits <= top for f in places)
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        {"kind": "llvm", "mtriple": "aarch64-linux-gnu"},
+        {"kind": "llvm", "mtriple": "x86_64-linux-gnu"},
+        {"kind": "llvm", "mtriple": "x86_64-linux-gnu", "mcpu": "haswell"},
+    ],
+    ids=["aarch64", "x86-64", "avx2"],
+)
+@pytest.mark.parametrize("rows", [1, None])
+def test_other_targets_compile(target: dict[str, str], rows: int | None) -> None:
+    bits = 256 if "mcpu" in target else 128
+    func = linear_kernel(linear_spec("q4f16_1", 64, 96, rows=rows), vector_bits=bits, num_cores=4)
+    assert "parallel" in compiled(func, tvm.target.Target(target)).mod.inspect_source("asm")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"scheme": None},
+        {"weight_dtype": "float16"},
+        {"scheme": SCHEMES["q0f16"]},
+        {"rows": 2},
+        {"x_dtype": "int8"},
+    ],
+    ids=lambda w: "-".join(w),
+)
+def test_wrong_specs_are_refused(wrong: dict[str, Any]) -> None:
+    right: dict[str, Any] = {"scheme": SCHEMES["q4f16_1"], "x_dtype": "float16"}
+    with pytest.raises(ValueError):
+        LinearSpec(64, 64, **{**right, **wrong}, out_dtype="float16")
+
+
+@pytest.mark.parametrize("hidden", [64, 83])
+@pytest.mark.parametrize("name", SCHEMES)
+def test_embedding(name: str, hidden: int) -> None:
+    scheme, vocab = dataclasses.replace(SCHEMES[name], layout="NK"), 50
+    dtype = scheme.model_dtype
+    rng = np.random.default_rng(hidden)
+    if scheme.is_plain:
+        plain = rng.standard_normal((vocab, hidden)).astype(numpy_dtype(dtype))
+        table, exact = [plain], plain.astype(np.float64)
+    else:
+        *table, exact = random_weight(vocab, hidden, scheme, rng)
+    packed = None if scheme.is_plain else scheme
+    for rows, counts in ((1, (1,)), (None, (1, 5, 700))):
+        spec = EmbeddingSpec(vocab, hidden, packed, dtype, rows)
+        kernel = compiled(embedding_kernel(spec, vector_bits=256)).jit()["main"]
+        for count in counts:
+            ids = rng.integers(0, vocab, count).astype(np.int32)
+            out = tvm.runtime.tensor(np.zeros((count, hidden), numpy_dtype(dtype)))
+            kernel(*(tvm.runtime.tensor(a) for a in (ids, *table)), out)
+            # One rounding of the exact product: numpy's own cast, bit for bit.
+            np.testing.assert_array_equal(
+                out.numpy(), exact[ids].astype(np.float32).astype(numpy_dtype(dtype))
+            )
