@@ -73,7 +73,7 @@ def worker() -> None:
 def _version(api: Any) -> dict[str, str]:
     return {
         "llama-cpp-python": api.__version__,
-        "llama.cpp": api.llama_print_system_info().decode(),
+        "llama.cpp built with": api.llama_print_system_info().decode().strip(" |"),
     }
 
 

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 TINY_PROMPT = "It was a dark night, and the ship"
 SMOLLM2_PROMPT = "The capital of France is"
+# The tiny model was trained on prose, not on conversations, and repeats itself when it may.
+PROSE = shlex.split("--raw --temperature 0.6 --top-p 0.9 --repetition-penalty 1.15 --max-tokens 80")
 
 
 def tiny_model() -> Path:
@@ -70,7 +72,7 @@ def steps(
         ["inspect", out, "--check"],
         ["inspect", library],
         ["verify", out, "--lib", library, "--reference", str(model)],
-        ["run", out, "--lib", library, "-p", prompt, *(["--raw"] if raw else [])],
+        ["run", out, "--lib", library, "-p", prompt, *(PROSE if raw else [])],
         ["bench", out, "--lib", library],
     ]
 
@@ -112,7 +114,6 @@ def command(
         kept = output
         if output is None:
             output = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mlc_compile_")))
-        # The tiny model was trained on prose, not on conversations.
         raw = model == "tiny"
         results: dict[str, list[Any]] = {}
         for line in steps(path, quantization, target, output, prompt, raw):
@@ -179,7 +180,8 @@ def print_summary(rows: list[tuple[str, str]]) -> None:
         indent = "\n" + " " * (width + 2)
         click.echo()
         for name, value in rows:
-            click.echo(f"{name:<{width}}  {value.replace(chr(10), indent)}")
+            paragraphs = [line for line in value.splitlines() if line]
+            click.echo(f"{name:<{width}}  {indent.join(paragraphs)}")
         return
     from rich.box import ROUNDED
     from rich.console import Console

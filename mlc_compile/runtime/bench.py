@@ -166,6 +166,7 @@ def bench(
         "prompt_tokens": prompt_tokens,
         "decode_tokens": decode_tokens,
         "repeats": repeats,
+        "bandwidth_bytes": BANDWIDTH_BYTES,
     }
     environment = os.environ | {THREADS_VARIABLE: str(threads or cores)}
     with subprocess.Popen(
@@ -201,8 +202,8 @@ def measure(
     prompt_tokens: int,
     decode_tokens: int,
     repeats: int,
+    bandwidth_bytes: int,
     progress: Progress,
-    bandwidth_bytes: int = BANDWIDTH_BYTES,
 ) -> BenchReport:
     """Measure in this process, with as many threads as TVM has in it.
 
@@ -314,6 +315,12 @@ def read_bandwidth(
 
 def peak_rss() -> int:
     """The most memory this process has held so far, in bytes; 0 where the system does not say."""
+    try:
+        # Linux counts what the parent held when it forked into ru_maxrss, but not into this.
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+    except (OSError, StopIteration):
+        pass
     try:
         import resource
     except ImportError:  # Windows

@@ -6,6 +6,7 @@ contexts whose logits it will see, and with one, when each of them is compared.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -18,9 +19,6 @@ from mlc_compile.runtime.compare import Float32
 
 Context: TypeAlias = tuple[int, ...]
 """A text; its last token is the one whose logits are meant."""
-
-SEED = 20240229
-
 
 class Sequencer(Protocol):
     """What scenarios need of `Engine`."""
@@ -141,8 +139,9 @@ class Limits:
 
     def tokens(self, name: str, count: int) -> Context:
         """Random tokens; another name gives others, a larger count the same and more."""
-        rng = np.random.default_rng([SEED, *name.encode()])
-        return tuple(int(t) for t in rng.integers(0, self.vocab, count))
+        # Stored logits need the same tokens for ever, which no library's generator promises.
+        digest = hashlib.shake_256(name.encode()).digest(8 * count)
+        return tuple(int(t) for t in np.frombuffer(digest, "<u8") % np.uint64(self.vocab))
 
     def prompt(self, wanted: int) -> int:
         """A prompt length near `wanted` that leaves half of the context free."""

@@ -119,8 +119,12 @@ def _tile_packed_nk(
                     at = vec.bind((g + done) * vec.i64(per_group))
                     group = tirx.floordiv(start + at, vec.i64(per_group))
                     scale = vec.load_float_rows(q_scale, first, group, lanes)
+
+                    def word_of(w: Expr, at: Expr = at) -> Expr:
+                        return vec.load(square, [at + w, 0], lanes)
+
                     _emit_group(
-                        lambda w, at=at: vec.load(square, [at + w, 0], lanes),
+                        word_of,
                         scale,
                         tile,
                         (start + at, offset),
@@ -269,7 +273,7 @@ def gemm(
                     at = column + vec.i64(v * lanes)
                     vec.store_float(out, [row, at], vec.get(total, lanes), lanes)
 
-    # A last panel that is at most half full goes through a smaller block: `left` rows of panel `full`.
+    # A last panel that is at most half full goes through a smaller block: `left` rows.
     heights = (rows // 2, rows // 4)
     full = vec.bind(tirx.floordiv(n_rows + vec.i64(rows - 1 - heights[0]), vec.i64(rows)))
     left = vec.bind(n_rows - full * vec.i64(rows))
@@ -287,9 +291,9 @@ def gemm(
             if scheme is None:
                 _tile_plain_nk(weight[0], tile, column, k, padded, block)
             elif scheme.layout == "NK":
-                _tile_packed_nk(*weight, tile, column, k, scheme, block)
+                _tile_packed_nk(weight[0], weight[1], tile, column, k, scheme, block)
             else:
-                _tile_packed_kn(*weight, tile, column, k, scheme, block)
+                _tile_packed_kn(weight[0], weight[1], tile, column, k, scheme, block)
             with vec.serial(tirx.min(end, full) - begin) as i:
                 multiply(tile, column, begin + i, rows)
             for height, smaller in zip(heights, (heights[1], 0), strict=True):

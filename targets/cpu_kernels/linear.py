@@ -1,13 +1,13 @@
 """y = x W^T + b on the CPU, for packed and plain weights, as TIR PrimFuncs.
 
 Notable features
-- One entry, `linear_kernel(spec)`: the GEMV kernels for one row (`_gemv.py`), the tiled GEMM for any
+- One entry, `linear_kernel(spec)`: GEMV kernels for one row (`_gemv.py`), a tiled GEMM for any
   number of rows (`_gemm.py`). Both unpack words on the fly; the weight is never materialised.
 - Accumulation is always float32 and no activation is rounded: the result is that of the dequantised
   weight (q - M) * scale in float32, up to float32 rounding of the sums.
 - Any N and K: K is padded to whole groups as the format says, a last block of columns overlaps the
   one before.
-- The GEMV kernels open one parallel region, the GEMM kernel two (packing x, then the tiles); packing
+- A GEMV kernel opens one parallel region, the GEMM kernel two (packing x, then the tiles); packing
   a few rows stays on the calling thread.
 """
 
@@ -32,8 +32,8 @@ class LinearSpec:
     """One matmul shape.
 
     in_features (K), out_features (N): of the weight as the model sees it, without padding.
-    scheme: how the weight is packed, None for a plain [N, K] weight. `scheme.layout` is that of this
-        weight: pass `dataclasses.replace(scheme, layout="NK")` for a tied embedding of a "KN" scheme.
+    scheme: how the weight is packed, None for a plain [N, K] weight. `scheme.layout` is that of
+        this weight: `dataclasses.replace(scheme, layout="NK")` for a tied embedding of a "KN" one.
     weight_dtype: of a plain weight; packed weights are uint32, scales `scheme.model_dtype`.
     bias_dtype: dtype of the bias when `has_bias`; x_dtype when None.
     rows: 1 for the GEMV kernel, None for any number n >= 1 of rows (a symbolic int64).
@@ -108,11 +108,23 @@ def linear_kernel(spec: LinearSpec, *, vector_bits: int, num_cores: int) -> tirx
                 num_cores=num_cores,
             )
         elif scheme is None:
-            _gemv.plain_nk(x, *weight, bias, out, shape=shape, lanes=lanes)
+            _gemv.plain_nk(x, weight[0], bias, out, shape=shape, lanes=lanes)
         elif scheme.layout == "NK":
-            _gemv.packed_nk(x, *weight, bias, out, shape=shape, scheme=scheme, lanes=lanes)
+            q_weight, q_scale = weight
+            _gemv.packed_nk(
+                x, q_weight, q_scale, bias, out, shape=shape, scheme=scheme, lanes=lanes
+            )
         else:
+            q_weight, q_scale = weight
             _gemv.packed_kn(
-                x, *weight, bias, out, shape=shape, scheme=scheme, lanes=lanes, num_cores=num_cores
+                x,
+                q_weight,
+                q_scale,
+                bias,
+                out,
+                shape=shape,
+                scheme=scheme,
+                lanes=lanes,
+                num_cores=num_cores,
             )
     return builder.get()

@@ -1,107 +1,13 @@
-"""Tiny random checkpoints, converted and compiled once for each session.
-
-The checkpoints are written by transformers, with every norm and bias made random: what is left at
-its initial value (ones, zeros) would hide that it is not read.
-"""
+"""Checkpoints and libraries that are made once for each session."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-
-VOCAB = 320
-
-# Small, and still: query groups of two, a head size that is no power of two times the lanes of
-# any register, an intermediate size that is no multiple of the hidden size.
-TINY: Mapping[str, Any] = {
-    "hidden_size": 96,
-    "intermediate_size": 160,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "num_hidden_layers": 2,
-    "vocab_size": VOCAB,
-    "max_position_embeddings": 512,
-    "tie_word_embeddings": False,
-    "bos_token_id": None,
-    "eos_token_id": 256,
-    "pad_token_id": None,
-    "initializer_range": 0.15,
-}
-SIZES: Mapping[str, int] = {
-    "context_window_size": 192,
-    "prefill_chunk_size": 48,
-    "max_batch_size": 4,
-}
-
-
-def save_checkpoint(path: Path, model_type: str, seed: int = 0, **changes: Any) -> Path:
-    """A random checkpoint with a byte-level tokenizer, as save_pretrained writes it."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.for_model(model_type, **{**TINY, **changes})
-    torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    with torch.no_grad():
-        for name, tensor in model.named_parameters():
-            if tensor.ndim == 1:
-                tensor.normal_(1.0 if "norm" in name else 0.0, 0.3)
-    model.save_pretrained(path)
-    save_tokenizer(path)
-    return path
-
-
-def save_tokenizer(path: Path) -> None:
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken("<|end|>", special=True)])
-    tokenizer.save(str(path / "tokenizer.json"))
-    settings = {"eos_token": "<|end|>", "tokenizer_class": "PreTrainedTokenizerFast"}
-    (path / "tokenizer_config.json").write_text(json.dumps(settings))
-
-
-@dataclass(frozen=True)
-class Built:
-    """A checkpoint, its converted parameters and its library."""
-
-    checkpoint: Path
-    directory: Path
-    library: Path
-
-
-def convert(checkpoint: Path, scheme: str, out: Path, sizes: Mapping[str, int]) -> None:
-    """convert_weight and gen_config, as the commands do it."""
-    from mlc_compile.chat_config import gen_config
-    from mlc_compile.config import resolve_compile_config
-    from mlc_compile.models.detect import load_model
-    from mlc_compile.quantization.scheme import get_scheme
-    from mlc_compile.weights.checkpoint import open_checkpoint
-    from mlc_compile.weights.convert import convert_weight
-
-    source = open_checkpoint(checkpoint)
-    model = load_model(source.config, where=str(checkpoint))
-    convert_weight(source, model, get_scheme(scheme), out)
-    config = resolve_compile_config(model.config, **sizes)
-    gen_config(source, model, get_scheme(scheme), config, out, conv_template="raw")
-
-
-def build(
-    checkpoint: Path, scheme: str, out: Path, sizes: Mapping[str, int], opt: str = "O2"
-) -> Built:
-    from mlc_compile.compiler.build import compile_library
-
-    convert(checkpoint, scheme, out, sizes)
-    compile_library(out, "cpu", out / "model.so", opt=opt)
-    return Built(checkpoint, out, out / "model.so")
+from tiny_models import SIZES, Built, build, save_checkpoint
 
 
 @pytest.fixture(scope="session")
@@ -114,17 +20,13 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         pytest.importorskip("transformers")
         key = json.dumps([model_type, changes], sort_keys=True)
         if key not in made:
-            made[key] = save_checkpoint(
-                tmp_path_factory.mktemp(model_type), model_type, **changes
-            )
+            made[key] = save_checkpoint(tmp_path_factory.mktemp(model_type), model_type, **changes)
         return made[key]
 
     return make
 
 
 @pytest.fixture(scope="session")
-def tiny_llama(
-    checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
-) -> Built:
+def tiny_llama(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Built:
     """A q0f32 library of the plain tiny llama."""
     return build(checkpoint(), "q0f32", tmp_path_factory.mktemp("q0f32"), SIZES)

@@ -324,7 +324,7 @@ def test_limits() -> None:
     assert engine.fed[1:] == [1, 1]
     engine.context = len(engine.prompts[0]) + 4
     chat.reset()
-    assert say(chat, "Hi") == "abcd"
+    assert say(chat, "Ho") == "abcd"
     assert chat.stats.finish == "context"
 
 

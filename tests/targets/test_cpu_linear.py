@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tvm
+from tvm import relax
 
 from mlc_compile.quantization.scheme import SCHEMES, QuantScheme, numpy_dtype
 from mlc_compile.targets.cpu_kernels._packed import fields, raw_fields
@@ -35,7 +36,7 @@ def compiled(func: tvm.tirx.PrimFunc, target: tvm.target.Target | None = None) -
 def random_weight(
     n: int, k: int, scheme: QuantScheme, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(q_weight, q_scale, exact float64 weight): packed here, independent of the package's packer."""
+    """(q_weight, q_scale, exact float64 weight), packed independently of the package."""
     groups, per_word = scheme.num_groups(k), scheme.elems_per_word
     # All codes of the format and, as the padding past K is not promised to be zero, noise there.
     q = rng.integers(0, 2 * scheme.max_int + 1, (n, groups * scheme.group_size), dtype=np.uint32)
@@ -113,13 +114,18 @@ def test_narrow_vectors(name: str, vector_bits: int, rows: int | None) -> None:
 
 @pytest.mark.parametrize("rows", [1, None])
 @pytest.mark.parametrize(
-    ("n", "k"),
-    [(1, 64), (3, 7), (5, 1000), (192, 576), (49, 128)],
-    ids=lambda v: str(v),
+    ("name", "n", "k"),
+    [
+        ("q4f16_1", 1, 64),
+        ("q4f16_1", 3, 7),
+        ("q4f16_1", 5, 1000),
+        ("q4f16_1", 192, 576),
+        ("q0f32", 3, 7),
+        ("q0f32", 49, 150),
+    ],
 )
-def test_odd_shapes(n: int, k: int, rows: int | None) -> None:
-    check(linear_spec("q4f16_1", n, k, rows=rows), rows=(1,) if rows else (1, 9), vector_bits=512)
-    check(linear_spec("q0f32", n, k, rows=rows), rows=(1,) if rows else (1, 9), vector_bits=512)
+def test_odd_shapes(name: str, n: int, k: int, rows: int | None) -> None:
+    check(linear_spec(name, n, k, rows=rows), rows=(1,) if rows else (1, 9), vector_bits=512)
 
 
 @pytest.mark.parametrize("out_dtype", ["float32", "float16", "bfloat16"])
@@ -139,6 +145,23 @@ def test_group_wider_than_a_vector() -> None:
 
 def test_many_cores_split_the_rows_too() -> None:
     check(linear_spec("q4f32_1", 96, 64), rows=(1, 9, 40, 70), vector_bits=512, num_cores=16)
+
+
+def test_relax_call_tir_with_symbolic_rows() -> None:
+    spec = linear_spec("q0f32", 12, 24)
+    builder = relax.BlockBuilder()
+    x = relax.Var("x", relax.TensorType((tvm.tirx.Var("n", "int64"), 24), "float32"))
+    w = relax.Var("w", relax.TensorType((12, 24), "float32"))
+    kernel = builder.add_func(linear_kernel(spec, vector_bits=256, num_cores=2), "linear")
+    with builder.function("main", [x, w]):
+        out = relax.TensorType((x.ty.shape[0], 12), "float32")
+        builder.emit_func_output(builder.emit(relax.call_tir(kernel, [x, w], out)))
+    built = relax.build(builder.get(), host_target())
+    machine = relax.VirtualMachine(built, tvm.cpu())
+    rng = np.random.default_rng(0)
+    a, b = (rng.standard_normal(shape).astype(np.float32) for shape in ((11, 24), (12, 24)))
+    got = machine["main"](tvm.runtime.tensor(a), tvm.runtime.tensor(b)).numpy()
+    np.testing.assert_allclose(got, a @ b.T, rtol=1e-5, atol=1e-5)
 
 
 def test_bfloat16_output_rounds_to_even_and_keeps_nan() -> None:

@@ -1,0 +1,317 @@
+"""The references: numpy against transformers, and stored weights against checkpoints."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from mlc_compile.errors import EnvironmentLacksError, InputError
+from mlc_compile.models import ARCHITECTURES, Model, load_model
+from mlc_compile.models.spec import Architecture, GatedMLP, GroupedQuery, RMSNorm
+from mlc_compile.quantization.scheme import SCHEMES, QuantScheme, get_scheme
+from mlc_compile.runtime import reference as reference_module
+from mlc_compile.runtime.reference import (
+    MAX_STEPS,
+    Attention,
+    NumpyReference,
+    TransformersReference,
+    check_parameters,
+    checkpoint_weights,
+    make_reference,
+    stored_weights,
+)
+from mlc_compile.weights.checkpoint import Checkpoint, open_checkpoint
+from mlc_compile.weights.convert import convert_weight
+
+Array = np.ndarray[Any, Any]
+VOCAB, CONTEXT = 96, 160
+
+SIZES = {
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": VOCAB,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+}
+SCALED: Mapping[str, Mapping[str, Any]] = {
+    "linear": {"rope_type": "linear", "factor": 2.0},
+    "dynamic": {"rope_type": "dynamic", "factor": 4.0},
+    "llama3": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
+    },
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
+    "longrope": {
+        "rope_type": "longrope",
+        "factor": 4.0,
+        "original_max_position_embeddings": 32,
+        "short_factor": [1.0 + i / 8 for i in range(8)],
+        "long_factor": [1.0 + i for i in range(8)],
+    },
+}
+# (name, model type, changes of config.json)
+CASES: list[tuple[str, str, dict[str, Any]]] = [
+    *((name, name, {}) for name in ARCHITECTURES),
+    ("llama tied", "llama", {"tie_word_embeddings": True}),
+    ("llama biases", "llama", {"attention_bias": True, "mlp_bias": True}),
+    ("llama all heads", "llama", {"num_key_value_heads": 4}),
+    ("llama wide heads", "llama", {"head_dim": 32}),
+    ("mistral window", "mistral", {"sliding_window": 11}),
+    (
+        "qwen2 window",
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": 20, "max_window_layers": 0},
+    ),
+    ("qwen3 biases", "qwen3", {"attention_bias": True}),
+    *((kind, "llama", {"rope_scaling": dict(values)}) for kind, values in SCALED.items()),
+]
+cases = pytest.mark.parametrize(
+    ("model_type", "changes"), [case[1:] for case in CASES], ids=[case[0] for case in CASES]
+)
+
+
+def config_of(model_type: str = "llama", **changes: Any) -> dict[str, Any]:
+    classes = list(ARCHITECTURES[model_type].hf_classes)
+    return {"model_type": model_type, "architectures": classes, **SIZES, **changes}
+
+
+def random_weights(model: Model, seed: int = 0) -> dict[str, Array]:
+    rng = np.random.default_rng(seed)
+    return {
+        spec.name: (rng.standard_normal(spec.shape) * 0.2 + (spec.role == "norm")).astype(
+            np.float32
+        )
+        for spec in model.parameters()
+    }
+
+
+def tokens(count: int, seed: int = 1) -> list[int]:
+    return [int(t) for t in np.random.default_rng(seed).integers(0, VOCAB, count)]
+
+
+def nmse(found: Array, wanted: Array) -> float:
+    wide = wanted.astype(np.float64)
+    return float(((found - wide) ** 2).mean() / wide.var())
+
+
+def attention_of(model: Model, context: int = CONTEXT) -> Attention:
+    window = model.config.sliding_window
+    trained = model.config.max_position_embeddings
+    return Attention(window, 0, context if window is None else trained)
+
+
+@cases
+def test_numpy_equals_transformers(model_type: str, changes: dict[str, Any]) -> None:
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    config = config_of(model_type, **changes)
+    model = load_model(config, where="config.json")
+    weights, attention = random_weights(model), attention_of(model)
+    ours = NumpyReference(model, weights, attention)
+    theirs = TransformersReference(config, model, weights, attention, where="config.json")
+    text = tokens(150)
+    positions = [0, 1, 10, 11, 12, 31, 32, 77, 149]
+    wanted = theirs.logits(text, positions)
+    found = ours.logits(text, positions)
+    assert wanted.shape == found.shape == (len(positions), VOCAB) and found.dtype == np.float32
+    assert nmse(found, wanted) < 1e-10
+    assert ours.greedy(text[:20], 12) == theirs.greedy(text[:20], 12)
+
+
+@pytest.mark.parametrize("name", ["dynamic", "longrope"])
+def test_rope_that_grows_is_fixed_at_the_librarys_context(name: str) -> None:
+    """A text of 20 tokens is computed as a library of 160 computes it, in both references."""
+    pytest.importorskip("transformers")
+    config = config_of(rope_scaling=dict(SCALED[name]))
+    model = load_model(config, where="config.json")
+    weights, text = random_weights(model), tokens(20)
+    long, short = (
+        TransformersReference(config, model, weights, Attention(None, 0, n), where="").logits(
+            text, [19]
+        )
+        for n in (CONTEXT, 24)
+    )
+    assert nmse(long, short) > 1e-3
+    for context, wanted in ((CONTEXT, long), (24, short)):
+        ours = NumpyReference(model, weights, Attention(None, 0, context))
+        assert nmse(ours.logits(text, [19]), wanted) < 1e-10
+
+
+def test_prefixes_and_greedy_agree_with_whole_texts() -> None:
+    model = load_model(config_of("qwen3"), where="config.json")
+    reference = NumpyReference(model, random_weights(model), Attention(9, 2, 128))
+    text = tokens(40)
+    whole = reference.logits(text, range(40))
+    for n in (1, 9, 10, 33):
+        assert nmse(reference.logits(text[:n], [n - 1]), whole[n - 1 : n]) < 1e-10
+    found = reference.greedy(text, 10)
+    assert found == [
+        int(reference.logits(text + found[:i], [39 + i])[0].argmax()) for i in range(10)
+    ]
+
+
+def test_window_and_sinks_by_hand() -> None:
+    model = load_model(config_of(), where="config.json")
+    reference = NumpyReference(model, {}, Attention(6, 2, 128))
+    seen = reference.visible(np.arange(12), np.arange(12))
+    for query in range(12):
+        expected = {k for k in range(query + 1) if query - k < 4 or k < 2}
+        assert set(np.flatnonzero(seen[query])) == expected
+    # Once full, the window has 6 keys: 2 sinks and the 4 latest.
+    assert seen[8:].sum(axis=1).tolist() == [6, 6, 6, 6]
+
+
+def test_every_option_is_one_that_the_numpy_decoder_reads() -> None:
+    """A new field would silently be left out: teach `NumpyReference` first, then list it here."""
+    assert set(GroupedQuery.__dataclass_fields__) == {"qkv_bias", "out_bias", "qk_norm"}
+    assert set(GatedMLP.__dataclass_fields__) == {"activation", "bias"}
+    assert set(RMSNorm.__dataclass_fields__) == set()
+    assert set(Architecture.__dataclass_fields__) == {
+        *("name", "hf_classes", "attention", "mlp", "norm", "schema", "names", "label")
+    }
+
+
+# ---------------------------------------------------------------------------------------------
+# Which reference
+
+
+def test_choice_of_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    config = config_of("mistral", sliding_window=40)
+    model = load_model(config, where="config.json")
+    weights = random_weights(model)
+
+    def choose(engine: str, window: int | None, sink: int = 0, context: int = 128) -> str:
+        attention = Attention(window, sink, context)
+        chosen, why = make_reference(config, model, weights, attention, engine=engine, where="here")
+        assert why == "" or engine == "auto"
+        return f"{type(chosen).__name__} {why}".strip()
+
+    assert choose("auto", 40) == "TransformersReference"
+    assert choose("auto", 24) == "TransformersReference"
+    assert choose("auto", None, context=40) == "TransformersReference"
+    assert choose("numpy", 40) == "NumpyReference"
+    reason = "its window or sinks are not the checkpoint's"
+    assert choose("auto", 40, sink=2) == f"NumpyReference {reason}"
+    with pytest.raises(InputError, match="window of 40 tokens with 2 sinks"):
+        choose("transformers", 40, sink=2)
+    with pytest.raises(InputError, match="unknown reference engine 'torch'"):
+        choose("torch", 40)
+    monkeypatch.setattr(reference_module, "transformers_missing", lambda: ["torch"])
+    assert choose("auto", 40) == "NumpyReference torch not installed"
+    with pytest.raises(EnvironmentLacksError, match="needs torch") as caught:
+        choose("transformers", 40)
+    assert "pip install 'mlc-compile[reference]'" in str(caught.value)
+    assert caught.value.exit_code == 3
+
+
+def test_a_window_that_the_class_does_not_have_takes_numpy() -> None:
+    config = config_of()
+    model = load_model(config, where="config.json")
+    chosen, why = make_reference(
+        config, model, random_weights(model), Attention(32, 0, 128), where="here"
+    )
+    assert isinstance(chosen, NumpyReference) and why
+
+
+def test_code_of_a_checkpoint_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    (tmp_path / "modeling.py").write_text("raise SystemExit('ran')")
+    monkeypatch.chdir(tmp_path)
+    config = config_of(auto_map={"AutoModelForCausalLM": "modeling.Model"})
+    model = load_model(config_of(), where="config.json")
+    attention = attention_of(model)
+    TransformersReference(config, model, random_weights(model), attention, where="here")
+
+
+# ---------------------------------------------------------------------------------------------
+# Stored weights
+
+
+def save(path: Path, model: Model, weights: Mapping[str, Array], config: Any) -> Checkpoint:
+    """A Hugging Face directory with these weights."""
+    path.mkdir(parents=True, exist_ok=True)
+    tensors: dict[str, Array] = {}
+    c = model.config
+    q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+    for spec in model.parameters():
+        cuts = [q, q + kv] if len(spec.sources) == 3 else [c.intermediate_size]
+        parts = (
+            np.split(weights[spec.name], cuts) if len(spec.sources) > 1 else [weights[spec.name]]
+        )
+        tensors |= dict(zip(spec.sources, map(np.ascontiguousarray, parts), strict=True))
+    save_file(tensors, path / "model.safetensors")
+    (path / "config.json").write_text(json.dumps(config))
+    return open_checkpoint(path)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> tuple[Model, Checkpoint]:
+    config = config_of("qwen2")
+    model = load_model(config, where="config.json")
+    folder = tmp_path_factory.mktemp("checkpoint")
+    return model, save(folder, model, random_weights(model), config)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES.values(), ids=lambda s: s.name)
+def test_stored_weights_are_the_checkpoints(
+    source: tuple[Model, Checkpoint], scheme: QuantScheme, tmp_path: Path
+) -> None:
+    model, checkpoint = source
+    convert_weight(checkpoint, model, scheme, tmp_path / "out")
+    check = check_parameters(model, scheme, tmp_path / "out", checkpoint)
+    stored = stored_weights(model, scheme, tmp_path / "out")
+    original = checkpoint_weights(model, checkpoint)
+    assert check.faults == () and check.compared == len(stored) == len(original)
+    assert all(w.dtype == np.float32 and w.flags.writeable for w in stored.values())
+    if scheme.is_plain:
+        assert check.exact == check.compared and check.worst_steps == 0
+    else:
+        assert 0.4 < check.worst_steps < MAX_STEPS
+        assert check.exact < check.compared
+    if scheme.name == "q0f32":
+        assert all(np.array_equal(stored[name], original[name]) for name in stored)
+    elif not scheme.is_plain:
+        error = nmse(*(w["model.layers.0.mlp.down_proj.weight"] for w in (stored, original)))
+        assert error < {3: 0.1, 4: 0.02, 8: 1e-4}[scheme.bits]
+
+
+@pytest.mark.parametrize("name", ["q0f32", "q0f16", "q4f16_1", "q3f16_0", "q4bf16_1"])
+@pytest.mark.parametrize("changed", ["mlp.down_proj.weight", "self_attn.qkv_proj.bias"])
+def test_other_weights_are_found(
+    source: tuple[Model, Checkpoint], name: str, changed: str, tmp_path: Path
+) -> None:
+    model, checkpoint = source
+    weights = checkpoint_weights(model, checkpoint)
+    full = f"model.layers.1.{changed}"
+    weights[full] = weights[full].copy()
+    weights[full][3] *= -1
+    other = save(tmp_path / "other", model, weights, dict(checkpoint.config))
+    convert_weight(other, model, get_scheme(name), tmp_path / "out")
+    check = check_parameters(model, get_scheme(name), tmp_path / "out", checkpoint)
+    assert len(check.faults) == 1 and check.faults[0].startswith(f"{full}: ")
+    assert check.to_json()["faults"]
+
+
+def test_tensors_that_are_not_the_classes_are_refused(source: tuple[Model, Checkpoint]) -> None:
+    pytest.importorskip("transformers")
+    model, checkpoint = source
+    weights = checkpoint_weights(model, checkpoint)
+    name = "model.layers.0.mlp.down_proj.weight"
+    weights[name] = np.ascontiguousarray(weights[name].T)
+    with pytest.raises(InputError, match=r"differ in 1 tensors, first model\.layers\.0\.mlp\.down"):
+        TransformersReference(checkpoint.config, model, weights, attention_of(model), where="here")
