@@ -2,8 +2,9 @@
 
     python benchmarks/schemes.py MODEL --text FILE [--schemes q4f16_1,q8f16_1] [-o schemes.md]
 
-For each scheme: convert, configure, compile for cpu; then decode and prefill speed (medians, all schemes
-interleaved by round), and the mean negative log-likelihood of the text, teacher-forced, in bits per byte.
+For each scheme: convert, configure, compile for cpu; then decode and prefill speed (medians, all
+schemes interleaved by round), and the mean negative log-likelihood of the text, teacher-forced, in
+bits per byte.
 """
 
 from __future__ import annotations

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import sys
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,24 +27,10 @@ class CPUKernels:
         self.vector_bits = vector_bits
 
     def linear(self, spec: LinearSpec) -> PrimFunc | None:
-        scheme = None if spec.scheme is None else replace(spec.scheme, layout=spec.layout)
-        wanted = linear.LinearSpec(
-            spec.in_features,
-            spec.out_features,
-            scheme,
-            spec.x_dtype,
-            spec.out_dtype,
-            spec.has_bias,
-            spec.rows,
-            spec.weight_dtype if scheme is None else None,
-        )
-        return linear.linear_kernel(wanted, vector_bits=self.vector_bits, num_cores=PARALLEL_GRAIN)
+        return linear.linear_kernel(spec, vector_bits=self.vector_bits, num_cores=PARALLEL_GRAIN)
 
     def embedding(self, spec: EmbeddingSpec) -> PrimFunc | None:
-        wanted = embedding.EmbeddingSpec(
-            spec.vocab_size, spec.hidden_size, spec.scheme, spec.dtype, spec.rows
-        )
-        return embedding.embedding_kernel(wanted, vector_bits=self.vector_bits)
+        return embedding.embedding_kernel(spec, vector_bits=self.vector_bits)
 
     def rms_norm(self, size: int, eps: float, dtype: str, rows: int | None) -> PrimFunc | None:
         return elementwise.rms_norm(size, dtype, eps, rows, self.vector_bits)

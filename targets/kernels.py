@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from mlc_compile.quantization.scheme import Layout, QuantScheme
+from mlc_compile.quantization.scheme import QuantScheme
 
 if TYPE_CHECKING:
     from tvm.tirx import PrimFunc
@@ -18,30 +18,70 @@ else:  # TVM is imported only where graphs are built
     PrimFunc = Any
 
 
+FLOATS = ("float32", "float16", "bfloat16")
+
+
 @dataclass(frozen=True)
 class LinearSpec:
-    """x [n, in] -> [n, out] with W [out, in], packed by `scheme` or plain in `weight_dtype`."""
+    """One matmul shape.
+
+    in_features (K), out_features (N): of the weight as the model sees it, without padding.
+    scheme: how the weight is packed, None for a plain [N, K] weight. `scheme.layout` is that of
+        this weight: `dataclasses.replace(scheme, layout="NK")` for a tied embedding of a "KN" one.
+    weight_dtype: of a plain weight; packed weights are uint32, scales `scheme.model_dtype`.
+    bias_dtype: dtype of the bias when `has_bias`; x_dtype when None.
+    rows: 1 for the GEMV kernel, None for any number n >= 1 of rows (a symbolic int64).
+    """
 
     in_features: int
     out_features: int
     scheme: QuantScheme | None
-    layout: Layout  # of the packed weight
-    weight_dtype: str
     x_dtype: str
     out_dtype: str
-    has_bias: bool
-    rows: int | None
+    has_bias: bool = False
+    rows: int | None = None
+    weight_dtype: str | None = None
+    bias_dtype: str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.scheme is None) == (self.weight_dtype is None):
+            raise ValueError("give either a scheme or a weight_dtype")
+        if self.scheme is not None and self.scheme.is_plain:
+            raise ValueError(f"{self.scheme.name} packs nothing: give weight_dtype instead")
+        if self.rows not in (1, None):
+            raise ValueError(f"rows must be 1 or None, not {self.rows}")
+        for dtype in (self.x_dtype, self.out_dtype, self.weight_dtype, self.bias_dtype):
+            if dtype is not None and dtype not in FLOATS:
+                raise ValueError(f"{dtype} is not one of {', '.join(FLOATS)}")
+
+    def weight_shapes(self) -> list[tuple[str, tuple[int, int], str]]:
+        """Name, shape and dtype of the weight's buffers, in argument order (MLC's format)."""
+        n, k = self.out_features, self.in_features
+        if self.scheme is None:
+            assert self.weight_dtype is not None
+            return [("weight", (n, k), self.weight_dtype)]
+        words, groups = (n, self.scheme.num_words(k)), (n, self.scheme.num_groups(k))
+        if self.scheme.layout == "KN":
+            words, groups = (words[1], n), (groups[1], n)
+        return [
+            ("q_weight", words, self.scheme.storage_dtype),
+            ("q_scale", groups, self.scheme.model_dtype),
+        ]
 
 
 @dataclass(frozen=True)
 class EmbeddingSpec:
-    """ids int32 [n] -> [n, hidden], rows of W [vocab, hidden]."""
+    """A table [vocab, hidden], packed by `scheme` (always in layout "NK") or plain in `dtype`.
 
-    vocab_size: int
-    hidden_size: int
+    dtype: of the output, and of a plain table.
+    rows: 1, or None for any number n >= 1 of ids (a symbolic int64).
+    """
+
+    vocab: int
+    hidden: int
     scheme: QuantScheme | None
     dtype: str
-    rows: int | None
+    rows: int | None = None
 
 
 class Kernels(Protocol):

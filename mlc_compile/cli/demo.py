@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from mlc_compile.runtime.inspect import LibraryReport, ParamsReport
 
 TINY_PROMPT = "It was a dark night, and the ship"
-SMOLLM2_PROMPT = "The capital of France is"
+SMOLLM2_PROMPT = "What is the capital of France?"
 # The tiny model was trained on prose, not on conversations, and repeats itself when it may.
 PROSE = shlex.split("--raw --temperature 0.6 --top-p 0.9 --repetition-penalty 1.15 --max-tokens 80")
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 @click.command(
     "run",
     epilog=examples(
-        'mlc_compile run out --lib out/model.so -p "The capital of France is"',
+        'mlc_compile run out --lib out/model.so -p "What is the capital of France?"',
         'mlc_compile run out --lib out/model.so -p "Tell me a story." --temperature 0.8 --seed 1',
         "cat prompt.txt | mlc_compile run out --lib out/model.so -p - --raw",
     ),
@@ -88,16 +88,17 @@ def command(
         raise click.UsageError("--system and --raw exclude each other", click.get_current_context())
     from mlc_compile.runtime.chat import ChatSession, Reply
     from mlc_compile.runtime.sampling import Sampling
+    from mlc_compile.runtime.threads import pinned_caller
 
     text = sys.stdin.read() if prompt == "-" else prompt
     session = ChatSession.load(library, model_dir, system=system)
     pieces = []
-    for piece in session.generate(
-        text, raw=raw, max_tokens=max_tokens, sampling=Sampling(**sampling)
-    ):
-        pieces.append(piece)
-        if not out.as_json:
-            click.echo(piece, nl=False)
+    chosen = Sampling(**sampling)
+    with pinned_caller():
+        for piece in session.generate(text, raw=raw, max_tokens=max_tokens, sampling=chosen):
+            pieces.append(piece)
+            if not out.as_json:
+                click.echo(piece, nl=False)
     reply = Reply("".join(pieces), session.stats)
     if out.as_json:
         out.json(reply.to_json())

@@ -16,7 +16,7 @@ from tvm import relax, tirx
 from tvm.relax.frontend.nn.llm.kv_cache import AttnKind, PagedKVCache, RopeMode
 
 from mlc_compile.errors import InputError
-from mlc_compile.targets._attn_spec import PAGE_SIZE, KernelFactory, KVCacheKernels, KVCacheSpec
+from mlc_compile.targets.kv_cache import PAGE_SIZE, KernelFactory, KVCacheKernels, KVCacheSpec
 
 __all__ = [
     "PAGE_SIZE",

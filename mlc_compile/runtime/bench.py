@@ -28,6 +28,12 @@ import numpy as np
 from mlc_compile.compiler.memory import format_bytes
 from mlc_compile.errors import CheckFailedError, EnvironmentLacksError, InputError, MlcError
 from mlc_compile.manifest import tool_versions
+from mlc_compile.runtime.threads import (
+    THREADS_VARIABLE,
+    available_cpus,
+    choose_pool_size,
+    pinned_caller,
+)
 
 if TYPE_CHECKING:
     from mlc_compile.quantization.policy import StoredParam
@@ -35,7 +41,6 @@ if TYPE_CHECKING:
 Progress = Callable[[str, int, int], None]
 
 MODULE: Final = "mlc_compile.runtime.bench"
-THREADS_VARIABLE: Final = "TVM_NUM_THREADS"
 BANDWIDTH_BYTES: Final = 1 << 30
 BANDWIDTH_REPEATS: Final = 5
 _ERRORS: Final = {
@@ -157,7 +162,7 @@ def bench(
         InputError: more threads than cores, more tokens than the context window holds, or parts
             that do not belong together.
     """
-    cores = usable_cores()
+    cores = available_cpus()
     if threads is not None and threads > cores:
         raise InputError(f"--threads {threads}: this process may use {cores} cores")
     request = {
@@ -213,6 +218,7 @@ def measure(
     from mlc_compile.runtime.engine import Engine
 
     require_tvm()
+    choose_pool_size()
     import tvm  # here, so that neither time nor memory of the import count as loading
 
     threads = int(tvm.get_global_func("runtime.NumThreads")())
@@ -246,11 +252,13 @@ def measure(
             engine.remove_sequence(0)
 
     progress("warm up", 1, steps)
-    once(rest[:2])
     times = []
-    for i in range(repeats):
-        progress(f"measure {i + 1} of {repeats}", 2 + i, steps)
-        times.append(once(rest))
+    engine.start_pool()
+    with pinned_caller():
+        once(rest[:2])
+        for i in range(repeats):
+            progress(f"measure {i + 1} of {repeats}", 2 + i, steps)
+            times.append(once(rest))
     # Before the buffer for the bandwidth, which is larger than many models.
     rss = peak_rss()
     progress("read bandwidth", steps - 1, steps)
@@ -329,13 +337,6 @@ def peak_rss() -> int:
     return used if sys.platform == "darwin" else used * 1024
 
 
-def usable_cores() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 def machine() -> dict[str, Any]:
     """The processor's name, the cores to use, the system."""
     name = ""
@@ -346,7 +347,7 @@ def machine() -> dict[str, Any]:
         pass
     return {
         "cpu": name or platform.processor() or platform.machine(),
-        "cores": usable_cores(),
+        "cores": available_cpus(),
         "system": f"{platform.system()} {platform.machine()}",
     }
 

@@ -222,6 +222,7 @@ class ChatSession:
         from mlc_compile.runtime.engine import Engine
 
         engine = Engine.load(library, directory, max_batch=1)
+        engine.start_pool()
         eos = config.raw.get("eos_token_id")
         stops = {*config.conv_template.stop_token_ids, *(eos if isinstance(eos, list) else [eos])}
         return cls(

@@ -7,7 +7,7 @@ integers.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from mlc_compile.compiler.tvm_pair import require_tvm
 from mlc_compile.errors import InputError
 from mlc_compile.manifest import stored_schema_id
 from mlc_compile.quantization.policy import StoredParam
+from mlc_compile.runtime.threads import choose_pool_size
 from mlc_compile.weights.tensor_cache import load_params, read_stored_params
 
 PAGE_SIZE = 16
@@ -46,6 +47,7 @@ class Library:
             InputError: not a library, or not one of ours.
         """
         require_tvm()
+        choose_pool_size()
         import tvm
         from tvm.runtime.vm import VirtualMachine
 
@@ -233,7 +235,8 @@ class Engine:
         x = x._create_view([1, *x.shape])
         at = self.library.tensor(np.cumsum(lengths).astype(np.int32) - 1)
         out = self._forward("batch_prefill", list(parts), lengths, x, at)
-        return _host(out)[0]
+        logits: Logits = _host(out)[0]
+        return logits
 
     def batch_decode(self, tokens: Mapping[int, int]) -> Logits:
         """Logits [b, vocab] after one more token of each sequence."""
@@ -246,32 +249,9 @@ class Engine:
         """Logits [n, vocab] after every one of `tokens` (at most a chunk)."""
         x = self.embed(tokens)
         x = x._create_view([1, *x.shape])
-        return _host(self._forward("batch_verify", [sequence], [len(tokens)], x))[0]
+        logits: Logits = _host(self._forward("batch_verify", [sequence], [len(tokens)], x))[0]
+        return logits
 
-    def generate(
-        self,
-        prompt: Sequence[int],
-        *,
-        max_tokens: int,
-        stop: Callable[[int], bool],
-        choose: Callable[[Logits], int],
-        sequence: int = 0,
-    ) -> Iterator[int]:
-        """Tokens one by one until `stop`, `max_tokens` or the end of the context."""
-        room = self.context - len(prompt)
-        if room <= 0:
-            raise InputError(
-                f"the prompt has {len(prompt)} tokens and the context window holds {self.context}",
-                hint="shorten the prompt or compile with a larger --context-window-size",
-            )
-        self.add_sequence(sequence)
-        try:
-            logits = self.prefill(sequence, prompt)
-            for _ in range(min(max_tokens, room)):
-                token = choose(logits)
-                if stop(token):
-                    return
-                yield token
-                logits = self.decode(sequence, token)
-        finally:
-            self.remove_sequence(sequence)
+    def start_pool(self) -> None:
+        """Run one parallel kernel: threads.pinned_caller must come after the pool's first task."""
+        self.library.vm["get_logits"](self.embed([0]), self.params)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,13 @@ Weights: TypeAlias = Mapping[str, Float32]
 
 ENGINES = ("auto", "transformers", "numpy")
 REMEDY = "pip install 'mlc-compile[reference]', or use --engine numpy"
+
+CUT = -1
+"""Where a call begins in a text. Without sinks it makes no difference how a text is cut.
+
+The runtime numbers the tokens of a slid window anew before each call: sinks first, then the tokens
+that are left, then those of the call. So a sink is seen as far away as if what has slid out before
+this call had never been, and the next call sees it at another distance."""
 
 _QUERY_BLOCK = 256  # bounds the score matrix of the numpy decoder
 
@@ -61,11 +69,20 @@ class Reference(Protocol):
 
     name: str
 
-    def logits(self, tokens: Sequence[int], positions: Sequence[int]) -> Float32:
-        """Logits [len(positions), vocab] after the tokens at these indices of `tokens`."""
+    def logits(self, text: Sequence[int], positions: Sequence[int]) -> Float32:
+        """Logits [len(positions), vocab] after the tokens at these positions.
+
+        text: tokens, with CUT at the beginning of each call where the library has sinks; it is
+            no token and has no position.
+        """
 
     def greedy(self, prompt: Sequence[int], count: int) -> list[int]:
         """The `count` likeliest tokens one after the other."""
+
+
+def tokens_of(text: Sequence[int]) -> tuple[int, ...]:
+    """The tokens of a text, without its cuts."""
+    return tuple(token for token in text if token != CUT)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -210,17 +227,26 @@ class NumpyReference:
         known = [type(part) for part in parts] == [GroupedQuery, GatedMLP, RMSNorm]
         return known and model.config.rope.rotary_dim == model.config.head_dim
 
-    def logits(self, tokens: Sequence[int], positions: Sequence[int]) -> Float32:
+    def logits(self, text: Sequence[int], positions: Sequence[int]) -> Float32:
         """As Reference."""
-        hidden = self._hidden(np.asarray(tokens, np.int64), [])
-        return self._head(hidden[list(positions)])
+        calls: list[int] = []
+        before = 0
+        for token in text:
+            if token == CUT:
+                before = len(calls)
+            else:
+                calls.append(before)
+        tokens = np.asarray(tokens_of(text), np.int64)
+        return self._head(self._hidden(tokens, [], np.array(calls))[list(positions)])
 
     def greedy(self, prompt: Sequence[int], count: int) -> list[int]:
         """As Reference; this alone keeps keys and values from one step to the next."""
         past: list[tuple[Float32, Float32]] = []
         new, found = list(prompt), []
         for _ in range(count):
-            hidden = self._hidden(np.asarray(new, np.int64), past)
+            cached = len(past[0][0]) if past else 0
+            calls = np.full(len(new), cached)
+            hidden = self._hidden(np.asarray(new, np.int64), past, calls)
             new = [int(self._head(hidden[-1:])[0].argmax())]
             found += new
         return found
@@ -252,29 +278,37 @@ class NumpyReference:
         a, b = np.split(x, 2, axis=-1)
         return np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
-    def _hidden(self, tokens: NDArray[np.int64], past: list[tuple[Float32, Float32]]) -> Float32:
-        """[n, hidden] after the final norm. `past` has each layer's keys and values, and grows."""
+    def _hidden(
+        self,
+        tokens: NDArray[np.int64],
+        past: list[tuple[Float32, Float32]],
+        calls: NDArray[np.int64],
+    ) -> Float32:
+        """[n, hidden] after the final norm.
+
+        past: each layer's keys (not rotated) and values; grows.
+        calls: how many tokens there were before the call that each token came with.
+        """
         start = len(past[0][0]) if past else 0
         positions = np.arange(start, start + len(tokens))
         x = self.weights["model.embed_tokens.weight"][tokens]
         for i in range(self.model.config.num_hidden_layers):
             layer = f"model.layers.{i}"
             y = self._norm(f"{layer}.input_layernorm", x)
-            q, k, v = self._project(f"{layer}.self_attn", y, positions)
+            q, k, v = self._project(f"{layer}.self_attn", y)
             if start:
                 k, v = (np.concatenate(pair) for pair in zip(past[i], (k, v), strict=True))
             past[i : i + 1] = [(k, v)]
-            x = x + self._linear(f"{layer}.self_attn.o_proj", self._attend(q, k, v, positions))
+            y = self._attend(self._rotate(q, positions), k, v, positions, calls)
+            x = x + self._linear(f"{layer}.self_attn.o_proj", y)
             y = self._norm(f"{layer}.post_attention_layernorm", x)
             gate, up = np.split(self._linear(f"{layer}.mlp.gate_up_proj", y), 2, axis=-1)
             silu = gate / (1 + np.exp(-np.clip(gate, -80, None)))  # exp(80) is still finite
             x = x + self._linear(f"{layer}.mlp.down_proj", silu * up)
         return self._norm("model.norm", x)
 
-    def _project(
-        self, name: str, x: Float32, positions: NDArray[np.int64]
-    ) -> tuple[Float32, Float32, Float32]:
-        """q [n, query heads, d], k and v [n, kv heads, d]; q and k rotated."""
+    def _project(self, name: str, x: Float32) -> tuple[Float32, Float32, Float32]:
+        """q [n, query heads, d], k and v [n, kv heads, d]."""
         c = self.model.config
         heads = c.num_attention_heads + 2 * c.num_key_value_heads
         qkv = self._linear(f"{name}.qkv_proj", x).reshape(len(x), heads, c.head_dim)
@@ -282,26 +316,50 @@ class NumpyReference:
         q, k, v = np.split(qkv, ends, axis=1)
         if self.model.arch.attention.qk_norm:
             q, k = self._norm(f"{name}.q_norm", q), self._norm(f"{name}.k_norm", k)
-        return self._rotate(q, positions), self._rotate(k, positions), v
+        return q, k, v
 
-    def _attend(self, q: Float32, k: Float32, v: Float32, positions: NDArray[np.int64]) -> Float32:
-        """[n, query heads * d]"""
+    def _attend(
+        self,
+        q: Float32,
+        k: Float32,
+        v: Float32,
+        positions: NDArray[np.int64],
+        calls: NDArray[np.int64],
+    ) -> Float32:
+        """[n, query heads * d] of rotated queries and keys that are not rotated yet."""
         n, heads, d = q.shape
         groups = k.shape[1]
         # One batch of matrices for each KV head: its query heads stand below one another.
         q = q.reshape(n, groups, heads // groups, d).transpose(1, 2, 0, 3) * np.float32(d**-0.5)
-        keys, values = k.transpose(1, 2, 0)[:, None], v.transpose(1, 0, 2)[:, None]
+        values = v.transpose(1, 0, 2)[:, None]
+        everywhere = np.arange(len(k))
+        keys = self._rotate(k, everywhere)
         out = np.empty((n, heads, d), np.float32)
-        for start in range(0, n, _QUERY_BLOCK):
-            rows = slice(start, min(n, start + _QUERY_BLOCK))
-            score = q[:, :, rows] @ keys
-            hidden = ~self.visible(positions[rows], np.arange(len(k)))
+        for rows in self._blocks(calls):
+            if self.attention.sink:
+                sinks = everywhere[: self.attention.sink]
+                keys[sinks] = self._rotate(k[sinks], sinks + self._gone(int(calls[rows.start])))
+            score = q[:, :, rows] @ keys.transpose(1, 2, 0)[:, None]
+            hidden = ~self.visible(positions[rows], everywhere)
             np.copyto(score, np.float32(-np.inf), where=hidden)
             score -= score.max(axis=-1, keepdims=True)
             np.exp(score, out=score)
             score /= score.sum(axis=-1, keepdims=True)
             out[rows] = (score @ values).transpose(2, 0, 1, 3).reshape(-1, heads, d)
         return out.reshape(n, heads * d)
+
+    def _gone(self, before: int) -> int:
+        """How many tokens have slid out when a call begins with `before` tokens."""
+        return max(before - (self.attention.window or before), 0)
+
+    def _blocks(self, calls: NDArray[np.int64]) -> Iterator[slice]:
+        """Rows worked on at once; with sinks, of one call."""
+        starts = [0]
+        if self.attention.sink:
+            starts += [i for i in range(1, len(calls)) if calls[i] != calls[i - 1]]
+        for start, end in itertools.pairwise([*starts, len(calls)]):
+            for first in range(start, end, _QUERY_BLOCK):
+                yield slice(first, min(end, first + _QUERY_BLOCK))
 
     def _head(self, hidden: Float32) -> Float32:
         name = "model.embed_tokens" if self.model.config.tie_word_embeddings else "lm_head"
@@ -387,10 +445,10 @@ class TransformersReference:
         rotary.inv_freq, rotary.attention_scaling = compute(config, "cpu", seq_len=context)
         rotary.rope_type = "default"  # the others are computed anew at every call
 
-    def logits(self, tokens: Sequence[int], positions: Sequence[int]) -> Float32:
+    def logits(self, text: Sequence[int], positions: Sequence[int]) -> Float32:
         """As Reference."""
         torch = self._torch
-        ids, keep = torch.tensor([list(tokens)]), torch.tensor(list(positions))
+        ids, keep = torch.tensor([tokens_of(text)]), torch.tensor(list(positions))
         with torch.inference_mode():
             out = self._model(input_ids=ids, use_cache=False, logits_to_keep=keep).logits
         result: Float32 = out[0].float().numpy()

@@ -16,9 +16,12 @@ from typing import Protocol, TypeAlias
 import numpy as np
 
 from mlc_compile.runtime.compare import Float32
+from mlc_compile.runtime.reference import CUT, tokens_of
 
 Context: TypeAlias = tuple[int, ...]
-"""A text; its last token is the one whose logits are meant."""
+"""A text; its last token is the one whose logits are meant. With attention sinks, where logits
+depend on how a text is cut into calls (`reference.CUT` says why), each call begins with CUT."""
+
 
 class Sequencer(Protocol):
     """What scenarios need of `Engine`."""
@@ -34,6 +37,12 @@ class Sequencer(Protocol):
     def verify_tokens(self, sequence: int, tokens: Sequence[int]) -> Float32: ...
 
 
+def _first(text: Context, count: int) -> Context:
+    """The text up to its token number `count`."""
+    ends = [i for i, token in enumerate(text) if token != CUT]
+    return text[: ends[count - 1] + 1] if count else ()
+
+
 class SkipError(Exception):
     """A scenario cannot run here; the text says why."""
 
@@ -45,10 +54,15 @@ class Driver:
     """
 
     def __init__(
-        self, engine: Sequencer | None, see: Callable[[Context, Float32 | None], None]
+        self,
+        engine: Sequencer | None,
+        see: Callable[[Context, Float32 | None], None],
+        limits: Limits,
     ) -> None:
         self.engine = engine
         self.see = see
+        self.chunk = limits.chunk
+        self.cut = (CUT,) if limits.sink else ()
         self.texts: dict[int, Context] = {}
 
     @contextmanager
@@ -71,14 +85,19 @@ class Driver:
         if self.engine is not None:
             self.engine.fork_sequence(parent, child, position)
         text = self.texts[parent]
-        self.texts[child] = text if position == -1 else text[:position]
+        self.texts[child] = text if position == -1 else _first(text, position)
 
     def pop(self, sequence: int, count: int) -> None:
         if self.engine is not None:
             self.engine.pop(sequence, count)
-        self.texts[sequence] = self.texts[sequence][:-count]
+        self.texts[sequence] = _first(self.texts[sequence], self.length(sequence) - count)
+
+    def length(self, sequence: int) -> int:
+        """Tokens of a sequence."""
+        return len(tokens_of(self.texts[sequence]))
 
     def prefill(self, sequence: int, tokens: Sequence[int]) -> None:
+        """Tokens in as many calls as chunks."""
         self._extend({sequence: tokens}, lambda e: e.prefill(sequence, tokens)[None])
 
     def decode(self, sequence: int, *tokens: int) -> None:
@@ -95,6 +114,7 @@ class Driver:
     def verify(self, sequence: int, tokens: Sequence[int]) -> None:
         """batch_verify: logits after each of the tokens."""
         logits = None if self.engine is None else self.engine.verify_tokens(sequence, tokens)
+        self.texts[sequence] += self.cut
         for i, token in enumerate(tokens):
             self.texts[sequence] += (token,)
             self.see(self.texts[sequence], None if logits is None else logits[i])
@@ -106,7 +126,8 @@ class Driver:
         if logits is not None and len(logits) != len(parts):
             raise RuntimeError(f"{len(logits)} rows of logits for {len(parts)} sequences")
         for i, (sequence, tokens) in enumerate(parts.items()):
-            self.texts[sequence] += tuple(tokens)
+            for start in range(0, len(tokens), self.chunk):
+                self.texts[sequence] += (*self.cut, *tokens[start : start + self.chunk])
             self.see(self.texts[sequence], None if logits is None else logits[i])
 
 
@@ -129,6 +150,7 @@ class Limits:
     chunk: int
     batch: int
     window: int | None
+    sink: int
     decode_steps: int
     longest: int
 
@@ -272,8 +294,11 @@ def _fork(d: Driver, limits: Limits, greedy: Greedy, notes: list[str]) -> None:
     steps = limits.steps(4, length, notes)
     text, other = limits.tokens("main", length + steps), limits.tokens("fork", steps)
     points = [-1]
-    if limits.window is None:  # the runtime forks a sliding window at its end only
-        points += [p for p in (16, 19) if p < length] or [max(1, length // 2)]
+    points += [p for p in (16, 19) if p < length] or [max(1, length // 2)]
+    if limits.window is not None:
+        if not limits.sink:
+            raise SkipError("the runtime forks a text with a sliding window only within its sinks")
+        points = [limits.sink]
     for point in points:
         with d.sequences(0):
             d.prefill(0, text[:length])
@@ -282,13 +307,18 @@ def _fork(d: Driver, limits: Limits, greedy: Greedy, notes: list[str]) -> None:
                 d.decode(1, others)
                 d.decode(0, mine)
             d.remove(0)  # the child must not need it
-            if len(d.texts[1]) < limits.room:
+            if d.length(1) < limits.room:
                 d.decode(1, text[0])
 
 
 def _rollback(d: Driver, limits: Limits, greedy: Greedy, notes: list[str]) -> None:
     length = limits.prompt(33)
-    steps = limits.steps(5, length, notes)
+    if limits.window is not None:
+        if limits.window < 2:
+            raise SkipError("a window of one token has nothing to go back to")
+        notes.append("within the window only: the runtime does not keep what has left it")
+        length = min(length, limits.window // 2)
+    steps = limits.steps(5 if limits.window is None else min(5, length), length, notes)
     text, other = limits.tokens("main", length + steps), limits.tokens("fork", steps)
     with d.sequences(0):
         d.prefill(0, text[:length])
@@ -365,6 +395,6 @@ def plan_contexts(limits: Limits, greedy: Greedy) -> dict[str, list[Context]]:
     for name, _, body in SCENARIOS:
         seen: list[Context] = []
         with suppress(SkipError):
-            body(Driver(None, partial(_note, seen)), limits, greedy, [])
+            body(Driver(None, partial(_note, seen), limits), limits, greedy, [])
         plan[name] = seen
     return plan

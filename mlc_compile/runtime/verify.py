@@ -33,6 +33,7 @@ from mlc_compile.runtime.reference import (
     checkpoint_weights,
     make_reference,
     stored_weights,
+    tokens_of,
 )
 from mlc_compile.runtime.scenarios import (
     SCENARIOS,
@@ -163,7 +164,7 @@ def run_scenarios(
             result.deviations.append(compare(rows[context], logits, thresholds.margin))
 
         try:
-            body(Driver(engine, see), limits, greedy, result.notes)
+            body(Driver(engine, see, limits), limits, greedy, result.notes)
         except SkipError as error:
             result.skipped = str(error)
         except Exception as error:  # whatever a library raises is its own failure
@@ -205,7 +206,7 @@ def reference_rows(
             continue
         if progress is not None:
             progress("reference", number, len(ordered))
-        logits = reference.logits(context, [len(c) - 1 for c in chain])
+        logits = reference.logits(context, [len(tokens_of(c)) - 1 for c in chain])
         for c, row in zip(chain, logits, strict=True):
             rows[c] = Row.of(row)
             if not math.isfinite(rows[c].log_norm):
@@ -383,6 +384,7 @@ class _Subject:
             chunk=meta["prefill_chunk_size"],
             batch=meta["max_batch_size"],
             window=attention.window,
+            sink=attention.sink,
             decode_steps=decode_steps,
             longest=LONGEST_THOROUGH if thorough else min(max(affordable, SHORTEST), LONGEST),
         )

@@ -23,7 +23,6 @@ from types import SimpleNamespace
 from tvm import tirx
 from tvm.script import tirx as T
 
-from mlc_compile.targets._attn_spec import PAGE_SIZE, KVCacheKernels, KVCacheSpec
 from mlc_compile.targets.cpu_kernels._attn_math import (
     LOG2_E,
     NEGATIVE,
@@ -34,6 +33,7 @@ from mlc_compile.targets.cpu_kernels._attn_math import (
     sin,
 )
 from mlc_compile.targets.cpu_kernels.rope import PARALLEL_TOKENS, fill_frequencies, split_rotary
+from mlc_compile.targets.kv_cache import PAGE_SIZE, KVCacheKernels, KVCacheSpec
 
 EMPTY = NEGATIVE / 10
 """Running maximum before any key: above a masked score, so that masked keys weigh exactly 0."""

@@ -7,33 +7,16 @@ which is what the format's own arithmetic in the model dtype gives (quantization
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
-from mlc_compile.quantization.scheme import QuantScheme
 from mlc_compile.targets.cpu_kernels import _vector as vec
 from mlc_compile.targets.cpu_kernels._vector import Expr
+from mlc_compile.targets.kernels import EmbeddingSpec
 
 # Waking the thread pool takes microseconds; one core writes this many elements in about 10.
 PARALLEL_ELEMENTS = 1 << 15
-
-
-@dataclass(frozen=True)
-class EmbeddingSpec:
-    """A table [vocab, hidden], packed by `scheme` (always in layout "NK") or plain in `dtype`.
-
-    dtype: of the output, and of a plain table.
-    rows: 1, or None for any number n >= 1 of ids (a symbolic int64).
-    """
-
-    vocab: int
-    hidden: int
-    scheme: QuantScheme | None
-    dtype: str
-    rows: int | None = None
 
 
 def embedding_kernel(spec: EmbeddingSpec, *, vector_bits: int) -> tirx.PrimFunc:

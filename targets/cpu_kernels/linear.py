@@ -13,66 +13,14 @@ Notable features
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
-from mlc_compile.quantization.scheme import QuantScheme
 from mlc_compile.targets.cpu_kernels import _gemv
 from mlc_compile.targets.cpu_kernels import _vector as vec
 from mlc_compile.targets.cpu_kernels._gemm import gemm
-
-FLOATS = ("float32", "float16", "bfloat16")
-
-
-@dataclass(frozen=True)
-class LinearSpec:
-    """One matmul shape.
-
-    in_features (K), out_features (N): of the weight as the model sees it, without padding.
-    scheme: how the weight is packed, None for a plain [N, K] weight. `scheme.layout` is that of
-        this weight: `dataclasses.replace(scheme, layout="NK")` for a tied embedding of a "KN" one.
-    weight_dtype: of a plain weight; packed weights are uint32, scales `scheme.model_dtype`.
-    bias_dtype: dtype of the bias when `has_bias`; x_dtype when None.
-    rows: 1 for the GEMV kernel, None for any number n >= 1 of rows (a symbolic int64).
-    """
-
-    in_features: int
-    out_features: int
-    scheme: QuantScheme | None
-    x_dtype: str
-    out_dtype: str
-    has_bias: bool = False
-    rows: int | None = None
-    weight_dtype: str | None = None
-    bias_dtype: str | None = None
-
-    def __post_init__(self) -> None:
-        if (self.scheme is None) == (self.weight_dtype is None):
-            raise ValueError("give either a scheme or a weight_dtype")
-        if self.scheme is not None and self.scheme.is_plain:
-            raise ValueError(f"{self.scheme.name} packs nothing: give weight_dtype instead")
-        if self.rows not in (1, None):
-            raise ValueError(f"rows must be 1 or None, not {self.rows}")
-        for dtype in (self.x_dtype, self.out_dtype, self.weight_dtype, self.bias_dtype):
-            if dtype is not None and dtype not in FLOATS:
-                raise ValueError(f"{dtype} is not one of {', '.join(FLOATS)}")
-
-    def weight_shapes(self) -> list[tuple[str, tuple[int, int], str]]:
-        """Name, shape and dtype of the weight's buffers, in argument order (MLC's format)."""
-        n, k = self.out_features, self.in_features
-        if self.scheme is None:
-            assert self.weight_dtype is not None
-            return [("weight", (n, k), self.weight_dtype)]
-        words, groups = (n, self.scheme.num_words(k)), (n, self.scheme.num_groups(k))
-        if self.scheme.layout == "KN":
-            words, groups = (words[1], n), (groups[1], n)
-        return [
-            ("q_weight", words, self.scheme.storage_dtype),
-            ("q_scale", groups, self.scheme.model_dtype),
-        ]
+from mlc_compile.targets.kernels import LinearSpec
 
 
 def linear_kernel(spec: LinearSpec, *, vector_bits: int, num_cores: int) -> tirx.PrimFunc:

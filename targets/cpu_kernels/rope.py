@@ -11,8 +11,8 @@ from __future__ import annotations
 from tvm import tirx
 from tvm.script import tirx as T
 
-from mlc_compile.targets._attn_spec import KVCacheSpec
 from mlc_compile.targets.cpu_kernels._attn_math import cos, f32, lanes_for, sin
+from mlc_compile.targets.kv_cache import KVCacheSpec
 
 PARALLEL_TOKENS = 16
 """From this many tokens on, a parallel region costs less than it saves."""

@@ -89,7 +89,7 @@ def _write_tokenizer(path: Path) -> None:
     """One word for each token."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    words = ["<unk>", *("The capital of France is".split()), *map(str, range(VOCAB - 6))]
+    words = ["<unk>", *(["The", "capital", "of", "France", "is"]), *map(str, range(VOCAB - 6))]
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.save(str(path / "tokenizer.json"))

@@ -16,9 +16,9 @@ from mlc_compile.runtime.bench import (
     BenchReport,
     bench,
     read_bandwidth,
-    usable_cores,
     weight_bytes_per_token,
 )
+from mlc_compile.runtime.threads import available_cpus
 
 REPORT = BenchReport(
     library="model.so",
@@ -122,7 +122,7 @@ def test_an_error_in_the_process_is_an_error_here() -> None:
 
 
 def test_more_threads_than_cores_is_refused() -> None:
-    model, cores = built_model(), usable_cores()
+    model, cores = built_model(), available_cpus()
     with pytest.raises(InputError, match=f"--threads {cores + 1}.*{cores} cores"):
         bench(
             model.directory,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from mlc_compile.models.spec import Architecture, GatedMLP, GroupedQuery, RMSNor
 from mlc_compile.quantization.scheme import SCHEMES, QuantScheme, get_scheme
 from mlc_compile.runtime import reference as reference_module
 from mlc_compile.runtime.reference import (
+    CUT,
     MAX_STEPS,
     Attention,
     NumpyReference,
@@ -25,6 +26,7 @@ from mlc_compile.runtime.reference import (
     checkpoint_weights,
     make_reference,
     stored_weights,
+    tokens_of,
 )
 from mlc_compile.weights.checkpoint import Checkpoint, open_checkpoint
 from mlc_compile.weights.convert import convert_weight
@@ -151,17 +153,18 @@ def test_rope_that_grows_is_fixed_at_the_librarys_context(name: str) -> None:
         assert nmse(ours.logits(text, [19]), wanted) < 1e-10
 
 
-def test_prefixes_and_greedy_agree_with_whole_texts() -> None:
+@pytest.mark.parametrize("sink", [0, 2])
+def test_prefixes_and_greedy_agree_with_whole_texts(sink: int) -> None:
     model = load_model(config_of("qwen3"), where="config.json")
-    reference = NumpyReference(model, random_weights(model), Attention(9, 2, 128))
+    reference = NumpyReference(model, random_weights(model), Attention(9, sink, 128))
     text = tokens(40)
     whole = reference.logits(text, range(40))
     for n in (1, 9, 10, 33):
         assert nmse(reference.logits(text[:n], [n - 1]), whole[n - 1 : n]) < 1e-10
     found = reference.greedy(text, 10)
-    assert found == [
-        int(reference.logits(text + found[:i], [39 + i])[0].argmax()) for i in range(10)
-    ]
+    for i, token in enumerate(found):
+        calls = [t for earlier in found[:i] for t in (CUT, earlier)]
+        assert token == int(reference.logits([*text, *calls], [39 + i])[0].argmax())
 
 
 def test_window_and_sinks_by_hand() -> None:
@@ -173,6 +176,23 @@ def test_window_and_sinks_by_hand() -> None:
         assert set(np.flatnonzero(seen[query])) == expected
     # Once full, the window has 6 keys: 2 sinks and the 4 latest.
     assert seen[8:].sum(axis=1).tolist() == [6, 6, 6, 6]
+
+
+def test_with_sinks_it_matters_where_calls_begin() -> None:
+    """A sink is seen as far away as if what slid out before the call had never been."""
+    model = load_model(config_of(), where="config.json")
+    weights, text = random_weights(model), tokens(30)
+    cut = (CUT, *text[:20], CUT, *text[20:])
+
+    def after(attention: Attention, text: Sequence[int]) -> Array:
+        return NumpyReference(model, weights, attention).logits(text, [29])
+
+    assert tokens_of(cut) == tuple(text)
+    sinks, plain = Attention(12, 3, 128), Attention(12, 0, 128)
+    assert nmse(after(sinks, cut), after(sinks, text)) > 1e-4
+    assert np.array_equal(after(plain, cut), after(plain, text))
+    early = (CUT, *text[:12], CUT, *text[12:])  # nothing has slid out before the second call
+    assert nmse(after(sinks, early), after(sinks, text)) < 1e-10
 
 
 def test_every_option_is_one_that_the_numpy_decoder_reads() -> None:

@@ -39,7 +39,9 @@ CONFIG = {
     "rms_norm_eps": 1e-5,
     "tie_word_embeddings": False,
 }
-LIMITS = Limits(vocab=80, context=120, chunk=32, batch=4, window=None, decode_steps=40, longest=400)
+LIMITS = Limits(
+    vocab=80, context=120, chunk=32, batch=4, window=None, sink=0, decode_steps=40, longest=400
+)
 SLIDING = dataclasses.replace(LIMITS, context=None, window=24)
 
 
@@ -60,7 +62,7 @@ def weights(model: Model) -> dict[str, Array]:
 
 
 def attention_of(limits: Limits) -> Attention:
-    return Attention(limits.window, 0, limits.context or 512)
+    return Attention(limits.window, limits.sink, limits.context or 512)
 
 
 class Engine:
@@ -150,7 +152,8 @@ ALL = {name for name, _, _ in scenarios.SCENARIOS}
 def test_a_right_engine_passes(model: Model, weights: dict[str, Array], limits: Limits) -> None:
     results = outcome(model, weights, limits=limits)
     assert failing(results) == set()
-    assert skipped(results) == {"full_context" if limits.window else "window_wrap"}
+    # The runtime forks a sliding window within its sinks only, and here are none.
+    assert skipped(results) == ({"full_context", "fork"} if limits.window else {"window_wrap"})
     assert len(results["decode"].deviations) == limits.decode_steps + 1
     ran = [result for result in results.values() if not result.skipped]
     assert all(result.deviations and result.top1 == 1 for result in ran)
@@ -168,6 +171,10 @@ def test_a_right_engine_passes(model: Model, weights: dict[str, Array], limits: 
         ({"batch": 2, "chunk": 2}, {"window_wrap"}),
         ({"chunk": 1}, {"window_wrap", "ragged_batch"}),
         ({"longest": 60}, {"window_wrap", "full_context"}),
+        ({"context": None, "window": 1}, {"full_context", "fork", "rollback"}),
+        ({"context": None, "window": 2}, {"full_context", "fork"}),
+        ({"context": None, "window": 300}, {"full_context", "fork"}),
+        ({"context": None, "window": 390}, {"full_context", "fork", "window_wrap"}),
     ],
     ids=str,
 )

@@ -16,10 +16,10 @@ from tvm.runtime import ShapeTuple
 from tvm.script import tirx as T
 
 from mlc_compile.nn.kv_cache import PAGE_SIZE, PagedKVCache, create_kv_cache
-from mlc_compile.targets._attn_spec import KVCacheSpec
 from mlc_compile.targets.cpu_kernels import _attn_math as math
 from mlc_compile.targets.cpu_kernels import attention
 from mlc_compile.targets.cpu_kernels.attention import cpu_kv_cache_kernels
+from mlc_compile.targets.kv_cache import KVCacheSpec
 from mlc_compile.targets.parsing import fast_parsing
 
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}

@@ -13,8 +13,9 @@ from tvm import relax
 
 from mlc_compile.quantization.scheme import SCHEMES, QuantScheme, numpy_dtype
 from mlc_compile.targets.cpu_kernels._packed import fields, raw_fields
-from mlc_compile.targets.cpu_kernels.embedding import EmbeddingSpec, embedding_kernel
-from mlc_compile.targets.cpu_kernels.linear import LinearSpec, linear_kernel
+from mlc_compile.targets.cpu_kernels.embedding import embedding_kernel
+from mlc_compile.targets.cpu_kernels.linear import linear_kernel
+from mlc_compile.targets.kernels import EmbeddingSpec, LinearSpec
 
 PACKED = [name for name, scheme in SCHEMES.items() if not scheme.is_plain]
 # Error over sum(|x| |w|): rounding of the sums in float32, then of the output.

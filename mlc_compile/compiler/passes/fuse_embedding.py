@@ -20,7 +20,7 @@ def _rule(rewriter: CallRewriter, call: relax.Call) -> relax.Expr | None:
     vocab, hidden = shape_of(table)
     if not (isinstance(vocab, int) and isinstance(hidden, int)) or dtype_of(ids) != "int32":
         return None
-    scheme, _, operands = packed_operands(rewriter, table)
+    scheme, operands = packed_operands(rewriter, table)
     spec = EmbeddingSpec(vocab, hidden, scheme, dtype_of(table), rows_of(ids))
     kernel = rewriter.kernels.embedding(spec)
     if kernel is None:

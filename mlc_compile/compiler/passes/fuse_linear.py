@@ -5,6 +5,8 @@ Without it the whole weight is materialised in the model dtype on every call.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from tvm import relax
 from tvm.ir import IRModule
 
@@ -43,17 +45,17 @@ def _linear(
     out_features, in_features = shape_of(weight)
     if not (isinstance(out_features, int) and isinstance(in_features, int)):
         return None
-    scheme, layout, operands = packed_operands(rewriter, weight)
+    scheme, operands = packed_operands(rewriter, weight)
     spec = LinearSpec(
         in_features=in_features,
         out_features=out_features,
         scheme=scheme,
-        layout=layout,
-        weight_dtype=dtype_of(weight),
         x_dtype=dtype_of(x),
         out_dtype=dtype_of(matmul),
         has_bias=bias is not None,
         rows=rows_of(x),
+        weight_dtype=dtype_of(weight) if scheme is None else None,
+        bias_dtype=None if bias is None else dtype_of(bias),
     )
     kernel = rewriter.kernels.linear(spec)
     if kernel is None:
@@ -65,15 +67,18 @@ def _linear(
 
 def packed_operands(
     rewriter: CallRewriter, weight: relax.Expr
-) -> tuple[QuantScheme | None, Layout, list[relax.Expr]]:
-    """(scheme, layout, [q_weight, q_scale]) behind a `dequantize` call; of a plain weight
-    itself."""
+) -> tuple[QuantScheme | None, list[relax.Expr]]:
+    """(scheme, [q_weight, q_scale]) behind a `dequantize` call; (None, [weight]) of a plain weight.
+
+    The scheme's layout is that of this weight: a tied embedding of a "KN" scheme is "NK".
+    """
     call = rewriter.definition(weight)
     func = rewriter.callee(call)
     if func is None or func.attrs is None or func.attrs.get("mlc.op") != DEQUANTIZE:
-        return None, "NK", [weight]
+        return None, [weight]
     layout: Layout = "KN" if str(func.attrs["mlc.layout"]) == "KN" else "NK"
-    return get_scheme(str(func.attrs["mlc.scheme"])), layout, list(call.args[1].fields)
+    scheme = replace(get_scheme(str(func.attrs["mlc.scheme"])), layout=layout)
+    return scheme, list(call.args[1].fields)
 
 
 def fuse_linear(mod: IRModule, kernels: Kernels) -> IRModule:
