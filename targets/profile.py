@@ -56,6 +56,7 @@ class TargetProfile:
     variants: str = ""  # what may follow `name:`, for help and errors
     required_features: tuple[str, ...] = ()
     compile_defaults: Mapping[str, int] = field(default_factory=dict)
+    max_shards: int = 1  # devices that one model may be spread over
     runtime_reserve_bytes: int = 0  # what the process takes beside weights, cache and workspace
 
     def backend(self) -> Backend:

@@ -88,6 +88,12 @@ def compile_library(
     check_output(profile, output)
     flags = parse_opt(opt)
     inputs = load_inputs(source, overrides or {})
+    if inputs.config.tensor_parallel_shards > profile.max_shards:
+        raise InputError(
+            f"tensor_parallel_shards is {inputs.config.tensor_parallel_shards} and a library for "
+            f"{profile.name} takes at most {profile.max_shards}",
+            hint="run gen_config with --tensor-parallel-shards 1, or give --overrides",
+        )
     estimate = estimate_plan(inputs.model, inputs.scheme, inputs.config, profile)
     check_budget(estimate, budget)
     output = output.resolve()

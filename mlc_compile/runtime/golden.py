@@ -4,7 +4,7 @@ Arrays, all numeric (nothing is unpickled):
 - header: UTF-8 JSON as uint8.
 - tokens int32 [t], ends int32 [texts]: the texts, one behind the other.
 - text, length int32 [rows]: row i is after the first length[i] tokens of text[i].
-- stats float64 [rows, 3]: `Row`'s log_norm, std and peak.
+- stats float64 [rows, 4]: `Row`'s log_norm, std, peak and noise.
 - full float32 [m, vocab]: logits of the first m rows; values float32 and ids int32 [rows - m, k]:
   the largest k logits of the others.
 
@@ -144,7 +144,7 @@ class Golden:
             "ends": np.cumsum([len(text) for text in texts]),
             "text": [n for n, _, _ in places],
             "length": [length for _, length, _ in places],
-            "stats": [(row.log_norm, row.std, row.peak) for _, _, row in places],
+            "stats": [(row.log_norm, row.std, row.peak, row.noise) for _, _, row in places],
             "full": np.stack(whole) if whole else np.empty((0, 0)),
             "values": np.stack([v for v, _ in top]) if top else np.empty((0, 0)),
             "ids": np.stack([i for _, i in top]) if top else np.empty((0, 0)),
@@ -206,12 +206,12 @@ class Golden:
         rows = {}
         for i in range(count):
             context = texts[int(arrays["text"][i])][: int(arrays["length"][i])]
-            log_norm, std, peak = (float(x) for x in arrays["stats"][i])
+            log_norm, std, peak, noise = (float(x) for x in arrays["stats"][i])
             j = i - len(full)
             kept, which = (full[i], None) if j < 0 else (values[j], ids[j])
             if not (context and np.isfinite(kept).all() and np.isfinite(arrays["stats"][i]).all()):
                 raise ValueError("its logits are not finite")
-            rows[context] = Row(kept, which, log_norm, std, peak)
+            rows[context] = Row(kept, which, log_norm, std, peak, noise)
         prompt, continuation = (tuple(int(t) for t in part) for part in header["greedy"])
         return cls(
             reference=str(header["reference"]),

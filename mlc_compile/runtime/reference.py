@@ -118,6 +118,14 @@ def checkpoint_weights(model: Model, checkpoint: Checkpoint) -> dict[str, Float3
     }
 
 
+def roughen(weights: Weights, unit: float, seed: int) -> None:
+    """Multiplies every weight, in place, by 1 + x with a random x in (-unit, unit)."""
+    rng = np.random.default_rng(seed)
+    for weight in weights.values():
+        for row in weight if weight.ndim > 1 else weight[None]:
+            row *= 1 + np.float32(unit) * (2 * rng.random(row.shape, np.float32) - 1)
+
+
 @dataclass(frozen=True)
 class ParameterCheck:
     """How the stored weights relate to the checkpoint's.

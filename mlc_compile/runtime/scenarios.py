@@ -24,7 +24,7 @@ depend on how a text is cut into calls (`reference.CUT` says why), each call beg
 
 
 class Sequencer(Protocol):
-    """What scenarios need of `Engine`."""
+    """What scenarios need: the methods of `Engine`, and the functions that it has no use for."""
 
     def add_sequence(self, sequence: int) -> None: ...
     def remove_sequence(self, sequence: int) -> None: ...
@@ -35,6 +35,8 @@ class Sequencer(Protocol):
     def batch_prefill(self, parts: Mapping[int, Sequence[int]]) -> Float32: ...
     def batch_decode(self, tokens: Mapping[int, int]) -> Float32: ...
     def verify_tokens(self, sequence: int, tokens: Sequence[int]) -> Float32: ...
+    def from_embeddings(self, sequence: int, tokens: Sequence[int]) -> Float32: ...
+    def from_hidden(self, name: str, parts: Mapping[int, Sequence[int]]) -> Float32: ...
 
 
 def _first(text: Context, count: int) -> Context:
@@ -110,6 +112,14 @@ class Driver:
 
     def batch_decode(self, tokens: Mapping[int, int]) -> None:
         self._extend({s: [t] for s, t in tokens.items()}, lambda e: e.batch_decode(tokens))
+
+    def embedded(self, sequence: int, tokens: Sequence[int]) -> None:
+        """embed, then prefill, or decode for one token."""
+        self._extend({sequence: tokens}, lambda e: e.from_embeddings(sequence, tokens)[None])
+
+    def hidden(self, name: str, parts: Mapping[int, Sequence[int]]) -> None:
+        """The function of that name that gives hidden states, then get_logits of the last ones."""
+        self._extend(parts, lambda e: e.from_hidden(name, parts))
 
     def verify(self, sequence: int, tokens: Sequence[int]) -> None:
         """batch_verify: logits after each of the tokens."""
@@ -287,6 +297,27 @@ def _verify(d: Driver, limits: Limits, greedy: Greedy, notes: list[str]) -> None
         d.decode(0, text[-1])
 
 
+def _functions(d: Driver, limits: Limits, greedy: Greedy, notes: list[str]) -> None:
+    few = min(3, limits.chunk)
+    if limits.room < 2 + 4 * few:
+        raise SkipError(f"a context of {limits.context} tokens has no room for it")
+    text = limits.tokens("main", 2 + 4 * few)
+    with d.sequences(0):
+        d.embedded(0, text[:few])
+        d.embedded(0, text[few : few + 1])
+        at = few + 1
+        for name, count in (("decode", 1), ("prefill", few), ("batch_verify", few)):
+            d.hidden(name, {0: text[at : at + count]})
+            at += count
+    if limits.batch < 2 or limits.chunk < 2:
+        notes.append("without batches: one sequence, or one token, at a time")
+        return
+    other = limits.tokens("batch 0", 2)
+    with d.sequences(0, 1):
+        d.hidden("batch_prefill", {0: text[: few - 1], 1: other[:1]})
+        d.hidden("batch_decode", {1: other[1:], 0: text[few - 1 : few]})
+
+
 def _fork(d: Driver, limits: Limits, greedy: Greedy, notes: list[str]) -> None:
     if limits.batch < 2:
         raise SkipError("the library takes one sequence at a time (max_batch_size 1)")
@@ -378,6 +409,7 @@ SCENARIOS: tuple[tuple[str, str, Body], ...] = (
     ("greedy", "the reference's greedy text token by token", _greedy),
     ("ragged_batch", "sequences of unequal length in one call", _batch),
     ("batch_verify", "logits of every position of a part", _verify),
+    ("functions", "the other functions: from embeddings, to hidden states, get_logits", _functions),
     ("fork", "two sequences that share a beginning", _fork),
     ("rollback", "tokens taken back, another continuation", _rollback),
     ("window_wrap", "far past the sliding window", _wrap),

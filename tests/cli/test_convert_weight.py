@@ -29,7 +29,7 @@ def test_converts_checks_and_notices_damage(
 
     checked = shell("inspect", str(out), "--check", "--json", "-q")
     assert (checked.returncode, checked.stderr) == (0, "")
-    assert json.loads(checked.stdout)["ok"] is True
+    assert json.loads(checked.stdout)["integrity"]["ok"] is True
 
     shard = out / "params_shard_0.bin"
     data = bytearray(shard.read_bytes())

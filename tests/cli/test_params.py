@@ -73,7 +73,6 @@ def test_numbers_are_those_of_the_configuration() -> None:
     [
         ["compile", ".", "-o", "x.so", "--budget", "4G"],
         ["compile", ".", "-o", "x.so", "--overrides", "window=4"],
-        ["compile", ".", "-o", "x.so", "--jobs", "0"],
         ["compile", "no/such/dir", "-o", "x.so"],
         ["convert_weight", ".", "-o", "x", "--quantization", "q0f32", "--source-format", "onnx"],
         ["gen_config", ".", "-o", "x", "--quantization", "q0f32", "--max-batch-size", "two"],

@@ -175,6 +175,7 @@ def test_bad_requests_are_refused_before_the_work(config_dir: MakeConfig, tmp_pa
     assert "prefill_chunk_size" in refused(
         folder, out / "x.so", overrides={"prefill_chunk_size": 4096}
     )
+    assert "at most 1" in refused(folder, out / "x.so", overrides={"tensor_parallel_shards": 2})
     assert "does not exist" in refused(folder, out / "missing" / "x.so")
     assert "gen_config" in refused(tmp_path, out / "x.so")
     (out / "dir.so").mkdir()

@@ -16,7 +16,7 @@ from tiny_models import SIZES, Built, convert
 from mlc_compile.cli import main
 from mlc_compile.errors import InputError
 from mlc_compile.runtime import verify as verify_module
-from mlc_compile.runtime.engine import Engine
+from mlc_compile.runtime.verify import VerifiedEngine as Engine
 from mlc_compile.runtime.verify import VerifyReport, verify
 from mlc_compile.weights.tensor_cache import open_tensor_cache
 
@@ -33,7 +33,7 @@ def failing(report: VerifyReport) -> set[str]:
 
 EVERY = {
     *("prefill", "chunked_prefill", "decode", "greedy", "ragged_batch", "batch_verify"),
-    *("fork", "rollback", "full_context"),
+    *("functions", "fork", "rollback", "full_context"),
 }
 
 # ---------------------------------------------------------------------------------------------
@@ -102,7 +102,7 @@ class MixesRows(Engine):
 def test_an_off_by_one_is_caught(
     tiny_llama: Built, fault: type[Engine], expected: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(verify_module, "Engine", fault)
+    monkeypatch.setattr(verify_module, "VerifiedEngine", fault)
     report = run(tiny_llama)
     assert expected <= failing(report)
     if len(expected) == 1:
@@ -124,7 +124,7 @@ def test_a_library_that_breaks_off_is_reset(
         def batch_decode(self, tokens: Mapping[int, int]) -> Any:
             return super().batch_decode({**tokens, 99: 0})  # no such sequence
 
-    monkeypatch.setattr(verify_module, "Engine", Breaks)
+    monkeypatch.setattr(verify_module, "VerifiedEngine", Breaks)
     report = run(tiny_llama)
     assert failing(report) == {"ragged_batch"}
     (failure,) = report.failures
@@ -178,10 +178,10 @@ def test_a_library_with_other_weights_is_caught(
     # Changed in memory only, as a broken loader would: the logits tell.
     class Other(Engine):
         @classmethod
-        def load(cls, library: Path, directory: Path, *, max_batch: int | None = None) -> Engine:
-            return Engine.load(library, copy.directory, max_batch=max_batch)
+        def load(cls, library: Path, directory: Path, **options: Any) -> Engine:
+            return Engine.load(library, copy.directory, **options)
 
-    monkeypatch.setattr(verify_module, "Engine", Other)
+    monkeypatch.setattr(verify_module, "VerifiedEngine", Other)
     report = run(tiny_llama)
     assert failing(report) == EVERY
     assert report.parameters is not None and report.parameters.faults == ()
@@ -208,10 +208,10 @@ def test_nan_in_the_library_fails(
 
     class Other(Engine):
         @classmethod
-        def load(cls, library: Path, directory: Path, *, max_batch: int | None = None) -> Engine:
-            return Engine.load(library, copy.directory, max_batch=max_batch)
+        def load(cls, library: Path, directory: Path, **options: Any) -> Engine:
+            return Engine.load(library, copy.directory, **options)
 
-    monkeypatch.setattr(verify_module, "Engine", Other)
+    monkeypatch.setattr(verify_module, "VerifiedEngine", Other)
     report = run(tiny_llama)
     assert failing(report) == EVERY
     assert any("NaN or infinity" in failure for failure in report.failures)
@@ -269,7 +269,7 @@ def test_command_line(tiny_llama: Built, tmp_path: Path, monkeypatch: pytest.Mon
     refused = CliRunner().invoke(main, [*words, str(golden), "--original"])
     assert refused.exit_code == 2 and "--original needs a checkpoint" in refused.output
 
-    monkeypatch.setattr(verify_module, "Engine", PopsOneMore)
+    monkeypatch.setattr(verify_module, "VerifiedEngine", PopsOneMore)
     bad = CliRunner().invoke(main, [*words, str(golden), "-q"])
     assert bad.exit_code == 1
     assert "verify missed its thresholds: rollback" in bad.output

@@ -114,6 +114,13 @@ class Engine:
     def verify_tokens(self, sequence: int, tokens: Sequence[int]) -> Array:
         return self.feed(sequence, tokens)
 
+    def from_embeddings(self, sequence: int, tokens: Sequence[int]) -> Array:
+        return self.feed(sequence, tokens)[-1]
+
+    def from_hidden(self, name: str, parts: Mapping[int, Sequence[int]]) -> Array:
+        assert sum(map(len, parts.values())) <= self.limits.chunk
+        return np.stack([self.feed(s, part)[-1] for s, part in parts.items()])
+
 
 def outcome(
     model: Model,
@@ -165,7 +172,7 @@ def test_a_right_engine_passes(model: Model, weights: dict[str, Array], limits: 
     ("changes", "missing"),
     [
         ({"context": 1, "chunk": 1}, ALL - {"prefill", "full_context"}),
-        ({"context": 5, "chunk": 5}, {"window_wrap", "ragged_batch"}),
+        ({"context": 5, "chunk": 5}, {"window_wrap", "ragged_batch", "functions"}),
         ({"batch": 1}, {"window_wrap", "ragged_batch", "fork"}),
         ({"batch": 4, "chunk": 3}, {"window_wrap", "ragged_batch"}),
         ({"batch": 2, "chunk": 2}, {"window_wrap"}),
@@ -176,7 +183,7 @@ def test_a_right_engine_passes(model: Model, weights: dict[str, Array], limits: 
         ({"context": None, "window": 300}, {"full_context", "fork"}),
         ({"context": None, "window": 390}, {"full_context", "fork", "window_wrap"}),
     ],
-    ids=str,
+    ids=lambda value: str(value if isinstance(value, dict) else sorted(value)),
 )
 def test_small_limits_are_kept_and_skips_have_reasons(
     model: Model, weights: dict[str, Array], changes: dict[str, int], missing: set[str]
@@ -289,6 +296,11 @@ class RowMissing(Engine):
         return super().batch_prefill(parts)[:1]
 
 
+class StatesOfTheFirst(Engine):
+    def from_hidden(self, name: str, parts: Mapping[int, Sequence[int]]) -> Array:
+        return np.stack([self.feed(s, part)[0] for s, part in parts.items()])
+
+
 class VerifyShifted(Engine):
     def verify_tokens(self, sequence: int, tokens: Sequence[int]) -> Array:
         return np.roll(super().verify_tokens(sequence, tokens), 1, axis=0)
@@ -321,6 +333,7 @@ CACHE_FAULTS: list[tuple[type[Engine], type[NumpyReference], Limits, set[str]]] 
     (RowsSwapped, NumpyReference, LIMITS, {"ragged_batch"}),
     (RowMissing, NumpyReference, LIMITS, {"ragged_batch"}),
     (VerifyShifted, NumpyReference, LIMITS, {"batch_verify"}),
+    (StatesOfTheFirst, NumpyReference, LIMITS, {"functions"}),
     (ContextOneShort, NumpyReference, LIMITS, {"full_context"}),
 ]
 
@@ -446,32 +459,57 @@ def test_compare_by_hand() -> None:
     row = Row.of(reference)
     assert row.top_two == (1, 2.0)
     library = np.array([1.0, 3.0, 0.5, -4.0], np.float32)
-    found = compare(row, library, 0.5)
+    found = compare(row, library, FLOAT32)
     p, q = (np.exp(x.astype(float)) / np.exp(x.astype(float)).sum() for x in (reference, library))
     assert found.kl == pytest.approx(float(p @ np.log(p / q)), rel=1e-9)
     assert found.nmse == pytest.approx(0.25 / 4 / reference.astype(float).var())
     assert (found.max_error, found.max_abs) == (0.5, 0.125)
-    assert found.agrees and found.decided and found.finite
-    assert not compare(row, library, 10.0).decided
-    assert not compare(row, library[::-1].copy(), 0.5).agrees
+    assert found.agrees and found.finite and found.doubtful(FLOAT32)
+    assert found.lead == pytest.approx(2 / reference.astype(float).std())
+    assert found.decided(dataclasses.replace(FLOAT32, margin=0.7))
+    assert not found.decided(dataclasses.replace(FLOAT32, margin=0.8))
+    assert not compare(row, library[::-1].copy(), FLOAT32).agrees
+    assert not compare(row, reference, FLOAT32).doubtful(FLOAT32)
 
 
 def test_a_common_shift_is_an_error() -> None:
     """Softmax would not see it; a wrong bias of the head would pass."""
     reference = np.random.default_rng(1).standard_normal(50).astype(np.float32)
-    assert compare(Row.of(reference), reference + 1, 0.5).nmse > 0.5
+    assert compare(Row.of(reference), reference + 1, FLOAT32).nmse > 0.5
 
 
 def test_top_rows_bound_the_full_ones() -> None:
     rng = np.random.default_rng(2)
     reference = (3 * rng.standard_normal(500)).astype(np.float32)
     library = reference + (0.1 * rng.standard_normal(500)).astype(np.float32)
-    full, top = (compare(Row.of(reference, k), library, 0.01) for k in (None, 64))
-    assert top.agrees == full.agrees and top.decided == full.decided
+    full, top = (compare(Row.of(reference, k), library, FLOAT32) for k in (None, 64))
+    assert top.agrees == full.agrees and top.lead == full.lead
     assert 0 < top.kl <= full.kl  # tokens taken together cannot be told apart
     assert top.nmse == pytest.approx(full.nmse, rel=0.5)
     library[np.argmin(reference)] = np.nan  # a token that is not listed
-    assert not compare(Row.of(reference, 64), library, 0.01).finite
+    assert not compare(Row.of(reference, 64), library, FLOAT32).finite
+
+
+def test_an_ill_conditioned_position_is_eased_by_its_own_noise() -> None:
+    reference = np.random.default_rng(3).standard_normal(60).astype(np.float32)
+    library = reference + np.float32(3e-3) * np.sign(reference[::-1])
+    row = Row.of(reference)
+    found = compare(row, library, FLOAT32)
+    assert found.nmse > FLOAT32.worst_nmse and found.ease == 1
+    assert compare(dataclasses.replace(row, noise=1e-12), library, FLOAT32) == found
+
+    eased = compare(dataclasses.replace(row, noise=1e-4), library, FLOAT32)
+    assert eased.nmse == found.nmse  # what is reported stays
+    assert eased.ease == pytest.approx(1e-4 / (1e-8 / 4))
+    assert eased.eased_nmse < FLOAT32.nmse and not eased.doubtful(FLOAT32)
+    result = Scenario("decode", "", deviations=[eased])
+    assert result.failures(FLOAT32) == [] and result.to_json(FLOAT32)["ill_conditioned"] == 1
+    assert "1 positions are ill-conditioned" in report_of({"decode": result}).to_text()
+
+    other = compare(dataclasses.replace(row, noise=1e-4), reference[::-1].copy(), FLOAT32)
+    assert other.doubtful(FLOAT32)  # another row altogether is not eased away
+    poisoned = compare(dataclasses.replace(row, noise=1.0), library * np.nan, FLOAT32)
+    assert poisoned.doubtful(FLOAT32)
 
 
 def test_thresholds_grow_with_the_precision_lost() -> None:

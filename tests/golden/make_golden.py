@@ -1,7 +1,7 @@
 """Tiny checkpoints made from numpy seeds alone, and the stored logits that belong to them.
 
-`python tests/golden/make.py` writes *.npz again, with transformers as the reference. Needed only
-when a model here, the storage format or the choice of contexts changes; say so in the change.
+`python tests/golden/make_golden.py` writes *.npz again, with transformers as the reference. Needed
+only when a model here, the storage format or the choice of contexts changes; the change says so.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def _write_tokenizer(path: Path) -> None:
     """One word for each token."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    words = ["<unk>", *(["The", "capital", "of", "France", "is"]), *map(str, range(VOCAB - 6))]
+    words = ["<unk>", "The", "capital", "of", "France", "is", *map(str, range(VOCAB - 6))]
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.save(str(path / "tokenizer.json"))
