@@ -43,9 +43,13 @@ class Row:
 
 
 def command(*words: str) -> None:
-    """One mlc_compile command; its result is not shown, its errors are raised."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        mlc_compile.main([*words, "-q"], standalone_mode=False)
+    """One mlc_compile command; its result is not shown, a failure ends the benchmark."""
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            mlc_compile.main([*words, "-q"])
+    except SystemExit as end:
+        if end.code:
+            raise
 
 
 def build(model: str, scheme: str, folder: Path, text: str) -> Row:

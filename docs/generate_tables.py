@@ -26,8 +26,8 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 def rewritten(text: str) -> str:
     """README's text with every registry's table made anew."""
     for name, rows in REGISTRIES.items():
-        pattern = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)", re.DOTALL)
-        text, count = pattern.subn(lambda m, r=rows: m[1] + table(r()) + m[2], text)
+        pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+        text, count = pattern.subn(lambda m, r=rows: f"{m[1]}{table(r())}\n{m[2]}", text)
         if count != 1:
             raise ValueError(f"README.md has {count} places for the table of {name}, not one")
     return text

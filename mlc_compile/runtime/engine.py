@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,9 @@ from mlc_compile.manifest import stored_schema_id
 from mlc_compile.quantization.policy import StoredParam
 from mlc_compile.runtime.threads import choose_pool_size
 from mlc_compile.weights.tensor_cache import load_params, read_stored_params
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 PAGE_SIZE = 16
 _KV = (
@@ -145,17 +148,16 @@ class Engine:
     chunk: int
     window: int
     sink: int
+    lengths: dict[int, int] = field(default_factory=dict)  # tokens of each sequence
 
     @classmethod
-    def load(cls, library: Path, directory: Path, *, max_batch: int | None = None) -> Engine:
+    def load(cls, library: Path, directory: Path, *, max_batch: int | None = None) -> Self:
         """Load both and make a cache for `max_batch` sequences (default: the library's own)."""
         lib = Library(library)
         return cls.with_params(lib, bind_params(lib, directory), max_batch=max_batch)
 
     @classmethod
-    def with_params(
-        cls, lib: Library, params: list[Any], *, max_batch: int | None = None
-    ) -> Engine:
+    def with_params(cls, lib: Library, params: list[Any], *, max_batch: int | None = None) -> Self:
         """As `load`, from parameters in the library's order."""
         meta = lib.metadata
         batch = max_batch or meta["max_batch_size"]
@@ -180,6 +182,7 @@ class Engine:
 
     def add_sequence(self, sequence: int) -> None:
         self.library.kv["kv_state_add_sequence"](self.cache, sequence)
+        self.lengths[sequence] = 0
         if self.window > 0:
             self.library.kv["attention_kv_cache_enable_sliding_window_for_seq"](
                 self.cache, sequence, self.window, max(self.sink, 0)
@@ -187,14 +190,33 @@ class Engine:
 
     def remove_sequence(self, sequence: int) -> None:
         self.library.kv["kv_state_remove_sequence"](self.cache, sequence)
+        del self.lengths[sequence]
+
+    def clear(self) -> None:
+        """Remove every sequence, also after a call that broke off."""
+        self.library.kv["kv_state_clear"](self.cache)
+        self.lengths.clear()
 
     def fork_sequence(self, parent: int, child: int, position: int = -1) -> None:
         """`child` continues `parent` after its first `position` tokens (-1: all)."""
         self.library.kv["kv_state_fork_sequence"](self.cache, parent, child, position)
+        self.lengths[child] = self.lengths[parent] if position < 0 else position
 
     def pop(self, sequence: int, count: int) -> None:
-        """Forget the last `count` tokens."""
+        """Forget the last `count` tokens.
+
+        Raises:
+            InputError: the sequence is longer than the sliding window, whose cache no longer holds
+                what it would have to go back to; the runtime itself would give wrong logits.
+        """
+        if self.window > 0 and self.lengths[sequence] > self.window:
+            raise InputError(
+                f"sequence {sequence} has {self.lengths[sequence]} tokens, more than the sliding "
+                f"window of {self.window}, and cannot be rolled back",
+                hint="remove it and feed its tokens again",
+            )
         self.library.kv["kv_state_popn"](self.cache, sequence, count)
+        self.lengths[sequence] -= count
 
     def _forward(
         self, name: str, sequences: Sequence[int], lengths: Sequence[int], *args: Any
@@ -203,6 +225,8 @@ class Engine:
         lib.kv["kv_state_begin_forward"](self.cache, lib.shape(*sequences), lib.shape(*lengths))
         out = lib.vm[name](*args, self.cache, self.params)
         lib.kv["kv_state_end_forward"](self.cache)
+        for sequence, length in zip(sequences, lengths, strict=True):
+            self.lengths[sequence] += length
         return out[0]
 
     def prefill(self, sequence: int, tokens: Sequence[int]) -> Logits:

@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -321,7 +321,7 @@ class VerifyReport:
         eased = [d.ease for s in self.scenarios for d in s.deviations if d.ease > 1]
         if eased:
             lines.append(
-                f"{len(eased)} positions are ill-conditioned: rounding the weights once more moves "
+                f"ill-conditioned positions: {len(eased)}, where rounding the weights again moves "
                 f"the reference itself, by up to {max(eased):.2g} times the usual NMSE"
             )
         if self.parameters is not None:
@@ -408,7 +408,7 @@ class _Subject:
         chat = ChatConfig.read(directory)
         model = load_model(chat.model_config, model_type=chat.model_type, where=str(chat.path))
         scheme = get_scheme(chat.quantization)
-        engine = cast("VerifiedEngine", VerifiedEngine.load(library, directory))
+        engine = VerifiedEngine.load(library, directory)
         meta = engine.library.metadata
         theirs, ours = (
             meta["mlc_compile"]["config_fingerprint"],
@@ -441,7 +441,7 @@ class _Subject:
         return cls(directory, library, engine, chat, model, scheme, attention, limits)
 
     def clear(self) -> None:
-        self.engine.library.kv["kv_state_clear"](self.engine.cache)
+        self.engine.clear()
 
     def greedy(self, reference: Reference) -> Greedy:
         """A text prompt where there is a tokenizer, else random tokens, with its continuation."""
