@@ -46,9 +46,6 @@ class CPUKernels:
     def gated(self, activation: str, size: int, dtype: str, rows: int | None) -> PrimFunc | None:
         return elementwise.gated_activation(activation, size, dtype, rows, self.vector_bits)
 
-    def add(self, size: int, dtype: str, rows: int | None) -> PrimFunc | None:
-        return elementwise.add(size, dtype, rows, self.vector_bits)
-
 
 class CPUBackend:
     """`targets.profile.Backend` of the cpu target."""

@@ -104,6 +104,3 @@ class Kernels(Protocol):
 
     def gated(self, activation: str, size: int, dtype: str, rows: int | None) -> PrimFunc | None:
         """(gate_up [n, 2 size]) -> act(gate) * up [n, size]"""
-
-    def add(self, size: int, dtype: str, rows: int | None) -> PrimFunc | None:
-        """(a [n, size], b [n, size]) -> a + b"""

@@ -14,21 +14,6 @@ from tvm.relax.frontend.nn import Tensor, op
 from mlc_compile.models.spec import ParamSpec
 
 
-class LinearModule(Protocol):
-    """x [n, in] -> [n, out]."""
-
-    def forward(self, x: Tensor) -> Tensor: ...
-
-
-class EmbeddingModule(Protocol):
-    """ids int32 [n] -> [n, hidden]; `logits` is the tied head, [n, hidden] -> float32 [n,
-    vocab]."""
-
-    def forward(self, ids: Tensor) -> Tensor: ...
-
-    def logits(self, x: Tensor) -> Tensor: ...
-
-
 class LayerFactory(Protocol):
     """Makes the modules that hold a model's weights; a quantisation scheme is one such factory."""
 

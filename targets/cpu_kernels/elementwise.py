@@ -450,31 +450,3 @@ def copy_row(
         vec.store(target, [k, offset], vec.load(source, [i, offset], narrow), narrow)
 
     for_vectors(hidden, lanes, copy)
-
-
-def gather_rows(
-    hidden: int, dtype: str, rows: int | None = None, vector_bits: int = 256
-) -> tirx.PrimFunc:
-    """(x[n, hidden], positions int32[b]) -> out[b, hidden] = x[positions]; `rows` fixes b."""
-    lanes = max(1, vector_bits // 32)
-    n, b = symbol("n"), symbol("b") if rows is None else rows
-
-    def body(x: Buffer, positions: Buffer, out: Buffer) -> None:
-        def row(k: Expr) -> None:
-            position = vec.bind(vec.cast(vec.load(positions, [k], 1), "int64", 1))
-            copy_row(x, position, out, k, hidden, lanes)
-
-        for_rows(b, hidden, row)
-
-    arguments = [("x", (n, hidden), dtype), ("positions", (b,), "int32")]
-    return build_kernel("gather_rows", [*arguments, ("out", (b, hidden), dtype)], body)
-
-
-def last_row(hidden: int, dtype: str, vector_bits: int = 256) -> tirx.PrimFunc:
-    """(x[n, hidden]) -> out[1, hidden] = x[n - 1]; n >= 1."""
-    n = symbol("n")
-
-    def body(x: Buffer, out: Buffer) -> None:
-        copy_row(x, n - vec.i64(1), out, 0, hidden, max(1, vector_bits // 32))
-
-    return build_kernel("last_row", [("x", (n, hidden), dtype), ("out", (1, hidden), dtype)], body)

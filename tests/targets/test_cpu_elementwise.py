@@ -92,11 +92,6 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], relax.V
             r = n()
             x = ((r, h), dtype)
             add_function(bb, f"add_{h}", elementwise.add(h, dtype), [x, x], [x])
-            x, b = ((n(), h), dtype), n("b")
-            kernel = elementwise.gather_rows(h, dtype)
-            add_function(bb, f"gather_{h}", kernel, [x, ((b,), "int32")], [((b, h), dtype)])
-            x = ((n(), h), dtype)
-            add_function(bb, f"last_{h}", elementwise.last_row(h, dtype), [x], [((1, h), dtype)])
             for activation in elementwise.ACTIVATIONS if h == WIDTHS[0] else ("silu",):
                 r = n()
                 kernel = elementwise.gated_activation(activation, h, dtype)
@@ -253,30 +248,17 @@ def test_kernels_chain_inside_a_dataflow_block(tmp_path: Path) -> None:
                     bb.add_func(elementwise.add(64, "float32"), "add"), [x, x], out_ty=x.ty
                 )
             )
-            last = bb.add_func(elementwise.last_row(64, "float32"), "last")
-            out = tensor_type((1, 64), "float32")
-            result = bb.emit_output(relax.call_tir(last, [doubled], out_ty=out))
+            again = bb.add_func(elementwise.add(64, "float32"), "add")
+            result = bb.emit_output(relax.call_tir(again, [doubled, doubled], out_ty=x.ty))
         bb.emit_func_output(result)
     values = random("float32", 5, 64)
     vm = load(bb.get(), tmp_path / "lib.so")
-    np.testing.assert_array_equal(*call(vm, "main", values), 2 * values[-1:])
+    np.testing.assert_array_equal(*call(vm, "main", values), 4 * values)
 
 
 def test_unknown_activation_is_refused() -> None:
     with pytest.raises(KeyError, match="mish"):
         elementwise.gated_activation("mish", 64, "float32")
-
-
-@pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_gathers(library: Any, dtype: str, width: int) -> None:
-    x = random(dtype, 9, width)
-    positions = np.int32([8, 0, 3, 3, 1])
-    np.testing.assert_array_equal(
-        *call(library(dtype), f"gather_{width}", x, positions), x[positions]
-    )
-    np.testing.assert_array_equal(*call(library(dtype), f"last_{width}", x), x[-1:])
-    np.testing.assert_array_equal(*call(library(dtype), f"last_{width}", x[:1]), x[:1])
 
 
 @pytest.fixture(scope="module")
