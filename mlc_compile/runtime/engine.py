@@ -49,7 +49,7 @@ class Library:
         Raises:
             InputError: not a library, or not one of ours.
         """
-        require_tvm()
+        require_tvm(compiling=False)
         choose_pool_size()
         import tvm
         from tvm.runtime.vm import VirtualMachine
