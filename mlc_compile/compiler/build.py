@@ -144,8 +144,8 @@ def _compile(
     from mlc_compile.compiler.metadata import attach_metadata, build_metadata
     from mlc_compile.compiler.passes.bounds import upper_bounds
     from mlc_compile.compiler.pipeline import PhaseRunner, graph_phases, lowering_phases
-    from mlc_compile.nn.export import export_decoder
-    from mlc_compile.nn.sampling import attach_sampling
+    from mlc_compile.nn.export import STACK, STACK_ONE, export_decoder
+    from mlc_compile.nn.sampling import SAMPLING_FUNCTIONS, attach_sampling
     from mlc_compile.quantization.linear import SchemeLayers
 
     model, scheme, config = inputs.model, inputs.scheme, inputs.config
@@ -175,11 +175,9 @@ def _compile(
     usage = static_workspace(mod, upper_bounds(config))
     workspace = max(usage[name] for name in PLANNED)
     plan = estimate_plan(model, scheme, config, profile).with_workspace(workspace)
-    functions = sorted(
-        gv.name_hint
-        for gv, f in mod.functions_items()
-        if isinstance(f, relax.Function) or "global_symbol" in (f.attrs or {})
-    )
+    exported = {gv.name_hint for gv, f in mod.functions_items() if isinstance(f, relax.Function)}
+    exported |= set(SAMPLING_FUNCTIONS)
+    functions = sorted(exported - {STACK, STACK_ONE})
     metadata = build_metadata(
         model,
         scheme,
