@@ -4,7 +4,6 @@ numpy in float64."""
 from __future__ import annotations
 
 import functools
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -218,17 +217,6 @@ def test_argsort_orders_any_float(library: Any) -> None:
     values, order = call(library(7), "argsort_probs", probs)
     np.testing.assert_array_equal(order, sort(probs)[1])
     np.testing.assert_array_equal(values, sort(probs)[0])
-
-
-def test_argsort_is_fast(library: Any) -> None:
-    """Well below the time of a decode step; numpy's own stable sort takes about as long."""
-    vm, probs = library(152064), tvm.runtime.tensor(random_probs(152064, 1))
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        vm["argsort_probs"](probs)
-        times.append(time.perf_counter() - start)
-    assert min(times) < 0.02
 
 
 # --- sampling

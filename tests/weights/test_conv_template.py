@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -393,12 +392,11 @@ HOSTILE = {
 def test_hostile_templates_end_in_one_clear_error(
     case: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(jinja_render, "TIME_LIMIT_S", 2)
+    if case == "endless":  # the others meet another limit first, however slow the machine is
+        monkeypatch.setattr(jinja_render, "TIME_LIMIT_S", 2)
     source, message = HOSTILE[case]
-    began = time.monotonic()
     with pytest.raises(InputError, match=message):
         resolve("auto", source, CHATML, "x")
-    assert time.monotonic() - began < 15
 
 
 def test_mutating_the_messages_is_not_possible() -> None:

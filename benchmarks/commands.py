@@ -1,0 +1,66 @@
+"""Time, CPU and peak memory of the commands on one model, each in a process of its own.
+
+    python benchmarks/commands.py MODEL [--quantization q4f16_1] [--rounds 3]
+
+Prints the median wall and CPU seconds, and the largest resident set, of --help, convert_weight,
+gen_config and compile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+# Peak memory as the process itself sees it: ru_maxrss of a child counts its parent's at the fork.
+WORKER = """
+import atexit, os, sys
+from mlc_compile.cli import main
+def report():
+    from mlc_compile.runtime.bench import peak_rss
+    used = os.times()
+    print(used.user + used.system, peak_rss(), file=sys.stderr)
+atexit.register(report)
+main.main(sys.argv[1:])
+"""
+
+
+def run(words: list[str]) -> tuple[float, float, float]:
+    """(wall seconds, CPU seconds, peak MB) of one command."""
+    started = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-c", WORKER, *words], capture_output=True, text=True, check=True
+    )
+    wall = time.perf_counter() - started
+    cpu, peak = done.stderr.strip().splitlines()[-1].split()
+    return wall, float(cpu), int(peak) / 1e6
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("model")
+    parser.add_argument("--quantization", default="q4f16_1")
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        out = str(Path(folder) / "out")
+        common = [options.model, "--quantization", options.quantization, "-o", out, "--overwrite"]
+        commands = {
+            "--help": ["--help"],
+            "convert_weight": ["convert_weight", *common],
+            "gen_config": ["gen_config", *common],
+            "compile": ["compile", out, "-o", f"{out}/model.so"],
+        }
+        print("| command | wall s | CPU s | peak MB |\n| --- | --- | --- | --- |")
+        for name, words in commands.items():
+            wall, cpu, peak = zip(*(run(words) for _ in range(options.rounds)), strict=True)
+            figures = statistics.median(wall), statistics.median(cpu), max(peak)
+            print(f"| {name} | {figures[0]:.2f} | {figures[1]:.2f} | {figures[2]:.0f} |")
+
+
+if __name__ == "__main__":
+    main()
