@@ -21,9 +21,10 @@ WORKER = """
 import atexit, os, sys
 from mlc_compile.cli import main
 def report():
-    from mlc_compile.runtime.bench import peak_rss
     used = os.times()
-    print(used.user + used.system, peak_rss(), file=sys.stderr)
+    with open("/proc/self/status") as status:
+        peak = next(line.split()[1] for line in status if line.startswith("VmHWM"))
+    print(used.user + used.system, int(peak) * 1024, file=sys.stderr)
 atexit.register(report)
 main.main(sys.argv[1:])
 """
