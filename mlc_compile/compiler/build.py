@@ -101,11 +101,19 @@ def compile_library(
         raise InputError(f"--output {output}: its folder does not exist or cannot be written")
     if output.is_dir():
         raise InputError(f"--output {output} is a directory", hint="name the library file")
+    if debug_dump is not None:
+        try:
+            debug_dump.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"--debug-dump {debug_dump}: cannot be made: {error.strerror}") from error
     require_tvm()
     backend = profile.backend()
     backend.check_environment()
 
-    folder = Path(tempfile.mkdtemp(prefix=f".{output.stem}.", dir=output.parent))
+    try:
+        folder = Path(tempfile.mkdtemp(prefix=f".{output.stem}.", dir=output.parent))
+    except OSError as error:
+        raise InputError(f"--output {output}: its folder cannot be written: {error.strerror}") from error
     try:
         temporary = folder / output.name
         with fast_parsing():

@@ -178,6 +178,8 @@ def test_bad_requests_are_refused_before_the_work(config_dir: MakeConfig, tmp_pa
     assert "at most 1" in refused(folder, out / "x.so", overrides={"tensor_parallel_shards": 2})
     assert "does not exist" in refused(folder, out / "missing" / "x.so")
     assert "gen_config" in refused(tmp_path, out / "x.so")
+    (tmp_path / "file").write_text("")
+    assert "--debug-dump" in refused(folder, out / "x.so", debug_dump=tmp_path / "file" / "d")
     (out / "dir.so").mkdir()
     assert "is a directory" in refused(folder, out / "dir.so")
     assert "no such CPU" in refused(folder, out / "x.so", target="cpu:z80")
