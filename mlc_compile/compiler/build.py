@@ -105,7 +105,9 @@ def compile_library(
         try:
             debug_dump.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise InputError(f"--debug-dump {debug_dump}: cannot be made: {error.strerror}") from error
+            raise InputError(
+                f"--debug-dump {debug_dump}: cannot be made: {error.strerror}"
+            ) from error
     require_tvm()
     backend = profile.backend()
     backend.check_environment()
@@ -113,7 +115,9 @@ def compile_library(
     try:
         folder = Path(tempfile.mkdtemp(prefix=f".{output.stem}.", dir=output.parent))
     except OSError as error:
-        raise InputError(f"--output {output}: its folder cannot be written: {error.strerror}") from error
+        raise InputError(
+            f"--output {output}: its folder cannot be written: {error.strerror}"
+        ) from error
     try:
         temporary = folder / output.name
         with fast_parsing():
