@@ -48,13 +48,28 @@ smollm2: $(DATA) ## The same on SmolLM2-135M-Instruct; keeps the artefacts in bu
 bench: smollm2 ## Measure prefill and decode speed on SmolLM2.
 	$(BIN)/mlc_compile bench $(BUILD)/smollm2 --lib $(BUILD)/smollm2/model.so --repeats 5
 
+.PHONY: web
+web: build/web/model.wasm ## Chat with the bundled model (or MODELS="DIR …") in a browser.
+	@npm ci --prefix examples/web --ignore-scripts --no-audit --no-fund --silent
+	$(BIN)/python examples/web/serve.py $(or $(MODELS),$(BUILD)/web) $(ARGS)
+
+build/web/model.wasm: | $(BASE)
+	@$(PIP) $(PIP_ARGS) -e '.[webgpu]'
+	$(BIN)/mlc_compile convert_weight examples/tiny_model --quantization q4f32_1 -o $(@D) --overwrite
+	$(BIN)/mlc_compile gen_config examples/tiny_model --quantization q4f32_1 -o $(@D)
+	$(BIN)/mlc_compile compile $(@D) --target webgpu -o $@
+
 .PHONY: test
-test: lint ## Lint, types and every test that is not slow.
-	$(PYTEST) -m "not slow" $(ARGS)
+test: lint ## Lint, types and every test that is neither slow nor in a browser.
+	$(PYTEST) -m "not slow and not browser" $(ARGS)
 
 .PHONY: test-slow
 test-slow: $(DEV) ## The tests that take minutes.
-	$(PYTEST) -m slow $(ARGS) || test $$? -eq 5  # 5: no test is marked slow
+	$(PYTEST) -m "slow and not browser" $(ARGS)
+
+.PHONY: test-browser
+test-browser: $(DEV) ## web-llm in headless Chromium, and Dawn in Node.
+	$(PYTEST) -m browser $(ARGS)
 
 .PHONY: lint
 lint: $(DEV) ## ruff (rules and format) and mypy.
@@ -68,9 +83,10 @@ format: $(DEV) ## Mend what ruff can mend.
 	$(BIN)/ruff format .
 
 .PHONY: docs
-docs: $(BASE) ## Write docs/cli.md and the tables of README.md.
+docs: $(BASE) ## Write docs/cli.md and the tables of README.md and docs/ios.md.
 	$(BIN)/python docs/generate_cli.py > docs/cli.md
 	$(BIN)/python docs/generate_tables.py
+	$(BIN)/python docs/generate_phones.py
 
 .PHONY: clean
 clean: ## Remove what was built; keeps .venv.
@@ -97,5 +113,5 @@ $(DATA): | $(BASE)
 $(DEV): | $(DATA)
 	@echo "Installing $(TORCH), transformers and the development tools …"
 	@$(PIP) $(PIP_ARGS) $(TORCH)
-	@$(PIP) $(PIP_ARGS) -e '.[dev,reference]'
+	@$(PIP) $(PIP_ARGS) -e '.[dev,reference,webgpu,metal]'
 	@touch $@

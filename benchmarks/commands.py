@@ -1,6 +1,6 @@
 """Time, CPU and peak memory of the commands on one model, each in a process of its own.
 
-    python benchmarks/commands.py MODEL [--quantization q4f16_1] [--rounds 3]
+    python benchmarks/commands.py MODEL [--quantization q4f16_1] [--rounds 3] [--target iphone]
 
 Prints the median wall and CPU seconds, and the largest resident set, of --help, convert_weight,
 gen_config and compile.
@@ -15,6 +15,8 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+
+from mlc_compile.targets.profile import TARGETS
 
 # Peak memory as the process itself sees it: ru_maxrss of a child counts its parent's at the fork.
 WORKER = """
@@ -46,15 +48,18 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--quantization", default="q4f16_1")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--target", default="cpu", choices=list(TARGETS))
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         out = str(Path(folder) / "out")
+        target = options.target
+        library = f"{out}/model{TARGETS[target].suffixes[0]}"
         common = [options.model, "--quantization", options.quantization, "-o", out, "--overwrite"]
         commands = {
             "--help": ["--help"],
             "convert_weight": ["convert_weight", *common],
             "gen_config": ["gen_config", *common],
-            "compile": ["compile", out, "-o", f"{out}/model.so"],
+            f"compile --target {target}": ["compile", out, "--target", target, "-o", library],
         }
         print("| command | wall s | CPU s | peak MB |\n| --- | --- | --- | --- |")
         for name, words in commands.items():

@@ -8,12 +8,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from tvm import relax
+from tvm.ir import IRModule
 from tvm.target import Target, codegen
 from tvm.tirx import PrimFunc
 
 from mlc_compile.errors import EnvironmentLacksError, InputError
 from mlc_compile.targets.cpu_kernels import attention, elementwise, embedding, linear, sampling
 from mlc_compile.targets.kernels import EmbeddingSpec, LinearSpec
+from mlc_compile.targets.profile import ExportRequest
 
 # Loops are cut for this many threads; the runtime's pool uses as many as the machine has. A
 # constant, so that the library does not depend on the machine that compiled it.
@@ -50,7 +53,7 @@ class CPUKernels:
 class CPUBackend:
     """`targets.profile.Backend` of the cpu target."""
 
-    def tvm_target(self, variant: str | None) -> Target:
+    def tvm_target(self, variant: str | None, suffix: str) -> Target:
         cpu = variant or str(codegen.llvm_get_system_cpu())
         target = Target({"kind": "llvm", "mcpu": cpu})
         if not codegen.llvm_is_valid_cpu(cpu, str(codegen.llvm_get_system_triple())):
@@ -71,11 +74,21 @@ class CPUBackend:
         bits = int(codegen.llvm_get_vector_width(target))
         return partial(sampling.kernel, vector_bits=bits)
 
-    def check_environment(self) -> None:
+    def schedule(self, mod: IRModule) -> IRModule:
+        return mod
+
+    def check_environment(self, suffix: str, web_toolchain: str) -> None:
         linker()
 
-    def export(self, executable: Any, output: Path) -> None:
-        executable.export_library(str(output), cc=None, fcompile=_link)
+    def export(self, mod: IRModule, target: Target, request: ExportRequest) -> list[str]:
+        executable = relax.build(mod, target, relax_pipeline=None)
+        export_shared(executable, request.output)
+        return []
+
+
+def export_shared(executable: Any, output: Path) -> None:
+    """Link what `relax.build` made for this machine into a shared library."""
+    executable.export_library(str(output), cc=None, fcompile=_link)
 
 
 def linker() -> list[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -17,15 +17,39 @@ from typing import TYPE_CHECKING, Any, Protocol
 from mlc_compile.errors import InputError
 
 if TYPE_CHECKING:
+    from tvm.ir import IRModule
     from tvm.target import Target
 
     from mlc_compile.targets.kernels import Kernels
 
+Progress = Callable[[str, int, int], None]
+"""(what is done now, steps done, steps in all)."""
+
+
+@dataclass(frozen=True)
+class ExportRequest:
+    """What an exporter is to write, and what it may check the result against.
+
+    output: nobody else sees this path yet. metadata: what `_metadata()` says. functions: the
+    exported names. web_toolchain: "zig" or "emscripten", for targets that link WebAssembly.
+    system_lib_prefix: what a statically linked library registers itself under.
+    """
+
+    output: Path
+    metadata: Mapping[str, Any]
+    functions: Sequence[str]
+    web_toolchain: str = "zig"
+    progress: Progress | None = None
+    system_lib_prefix: str = ""
+
 
 class Backend(Protocol):
-    """The part of a target that needs TVM."""
+    """The part of a target that needs TVM.
 
-    def tvm_target(self, variant: str | None) -> Target:
+    A library's suffix may choose its host code: `.wasm` or `.so` for webgpu.
+    """
+
+    def tvm_target(self, variant: str | None, suffix: str) -> Target:
         """The TVM target of a variant such as a CPU's name; None is the default."""
         ...
 
@@ -35,12 +59,17 @@ class Backend(Protocol):
 
     def sampling_kernels(self, target: Target) -> Any: ...
 
-    def check_environment(self) -> None:
+    def schedule(self, mod: IRModule) -> IRModule:
+        """Give loops that no kernel of ours covers a form the target can run; called under the
+        target. On a CPU they can stay as they are."""
+        ...
+
+    def check_environment(self, suffix: str, web_toolchain: str) -> None:
         """Raise EnvironmentLacksError before the long work when a tool is missing."""
         ...
 
-    def export(self, executable: Any, output: Path) -> None:
-        """Write the library to `output`, a path that nobody else sees yet."""
+    def export(self, mod: IRModule, target: Target, request: ExportRequest) -> list[str]:
+        """Generate code for a lowered module and write the library; warnings for the user."""
         ...
 
 
@@ -51,16 +80,69 @@ class TargetProfile:
     name: str
     summary: str
     suffixes: tuple[str, ...]
-    backend_module: str
+    backend_module: str  # "module", whose BACKEND it is, or "module:NAME"
     label: str = "stable"
+    device: str = "cpu"  # TVM's name of the device that runs it
     variants: str = ""  # what may follow `name:`, for help and errors
-    required_features: tuple[str, ...] = ()
+    dtypes: tuple[str, ...] = ("float32", "float16", "bfloat16")  # of activations and cache
+    features: Mapping[str, str] = field(default_factory=dict)  # dtype or variant -> device feature
+    max_binding_bytes: int | None = None  # largest buffer that a kernel may see
+    imposed: Mapping[str, int] = field(default_factory=dict)
+    """Sizes that stand above the configuration's (not above --overrides): what the runtimes that
+    load this target's libraries always ask for."""
     compile_defaults: Mapping[str, int] = field(default_factory=dict)
+    caps: Mapping[str, int] = field(default_factory=dict)
+    """Sizes that a configuration's are lowered to (not those of --overrides)."""
+    static_suffixes: tuple[str, ...] = ()  # those of `suffixes` that an app links statically
     max_shards: int = 1  # devices that one model may be spread over
     runtime_reserve_bytes: int = 0  # what the process takes beside weights, cache and workspace
 
+    def required_features(self, dtype: str, variant: str | None) -> list[str]:
+        """Optional features of a device that a library of this dtype and variant needs."""
+        return sorted(
+            {self.features[key] for key in (dtype, variant) if key and key in self.features}
+        )
+
     def backend(self) -> Backend:
-        return importlib.import_module(self.backend_module).BACKEND  # type: ignore[no-any-return]
+        module, _, name = self.backend_module.partition(":")
+        found: Backend = getattr(importlib.import_module(module), name or "BACKEND")
+        return found
+
+
+def _metal(
+    name: str, summary: str, suffixes: tuple[str, ...], caps: Mapping[str, int], **sizes: Any
+) -> TargetProfile:
+    """One of Apple's platforms."""
+    return TargetProfile(
+        name=name,
+        summary=summary,
+        suffixes=suffixes,
+        backend_module=f"mlc_compile.targets.metal:{name.upper().replace('-', '_')}_BACKEND",
+        label="experimental",  # nothing here has run on a device: docs/ios.md
+        device="metal",
+        dtypes=("float32", "float16"),
+        static_suffixes=(".tar", ".a"),
+        caps=MappingProxyType(caps),
+        runtime_reserve_bytes=64 << 20,
+        **sizes,
+    )
+
+
+def _ios(name: str, summary: str) -> TargetProfile:
+    """MLC's iOS engine serves one sequence (its mode "interactive"), and what its app ships with
+    has chunks of 128 tokens and, mostly, contexts of 2048."""
+    return _metal(
+        name,
+        summary,
+        (".tar", ".a", ".so"),
+        {"prefill_chunk_size": 128},
+        imposed=MappingProxyType({"max_batch_size": 1}),
+        compile_defaults=MappingProxyType(
+            {"context_window_size": 2048, "prefill_chunk_size": 128, "max_batch_size": 1}
+        ),
+        # A phone of 8 GB refused a buffer of 2.25 GB (docs/ios.md).
+        max_binding_bytes=10**9,
+    )
 
 
 TARGETS: Mapping[str, TargetProfile] = MappingProxyType(
@@ -75,6 +157,29 @@ TARGETS: Mapping[str, TargetProfile] = MappingProxyType(
                 variants="an LLVM CPU name, such as cpu:x86-64-v3 (default: this machine's)",
                 compile_defaults=MappingProxyType({"max_batch_size": 4}),
                 runtime_reserve_bytes=96 << 20,
+            ),
+            TargetProfile(
+                name="webgpu",
+                summary="browsers: a .wasm library for web-llm (or a .so for `verify` here)",
+                suffixes=(".wasm", ".so"),
+                backend_module="mlc_compile.targets.webgpu",
+                device="webgpu",
+                dtypes=("float32", "float16"),
+                features=MappingProxyType({"float16": "shader-f16"}),
+                # What web-llm 0.2.86 asks an adapter for (maxStorageBufferBindingSize).
+                max_binding_bytes=1 << 30,
+                imposed=MappingProxyType({"max_batch_size": 1}),
+                runtime_reserve_bytes=64 << 20,
+            ),
+            _ios("iphone", "iPhone and iPad: .tar or .a for an app (or a .so for `verify` here)"),
+            _ios("iphone-simulator", "the iOS simulator on Apple silicon, as iphone"),
+            _ios("macabi", "Mac Catalyst on Apple silicon, as iphone"),
+            _metal(
+                "macos",
+                "Apple silicon Macs: a .dylib, or .tar or .a for an app",
+                (".dylib", ".tar", ".a", ".so"),
+                {},
+                compile_defaults=MappingProxyType({"max_batch_size": 1}),
             ),
         )
     }

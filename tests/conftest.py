@@ -34,4 +34,23 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         chosen = metafunc.config.getoption("--target")
         for name in chosen:
             get_target(name)
-        metafunc.parametrize("target_name", chosen or list(TARGETS))
+        # One of each back end: the others of Apple's platforms differ in their host code alone.
+        kinds = {p.backend_module.partition(":")[0]: name for name, p in reversed(TARGETS.items())}
+        metafunc.parametrize("target_name", chosen or [n for n in TARGETS if n in kinds.values()])
+
+
+@pytest.fixture(scope="session")
+def webgpu() -> str:
+    """A native `webgpu` device; the adapter's description.
+
+    Without an adapter the test is skipped, or fails where MLC_COMPILE_REQUIRE_VULKAN is set.
+    """
+    from mlc_compile.errors import EnvironmentLacksError
+    from mlc_compile.runtime.webgpu_device import install
+
+    try:
+        return install()
+    except EnvironmentLacksError as error:
+        if os.environ.get("MLC_COMPILE_REQUIRE_VULKAN"):
+            raise
+        pytest.skip(str(error))

@@ -144,7 +144,8 @@ def our_files() -> list[Path]:
     for top in (".ci", ".github", "benchmarks", "docs", "examples", "mlc_compile", "quantization"):
         found += (ROOT / top).rglob("*")
     found += [*(ROOT / "targets").rglob("*"), *(ROOT / "tests").rglob("*")]
-    return [path for path in found if path.is_file() and "__pycache__" not in path.parts]
+    installed = {"__pycache__", "node_modules"}
+    return [path for path in found if path.is_file() and not installed & set(path.parts)]
 
 
 @pytest.mark.parametrize(

@@ -93,10 +93,16 @@ def convert(checkpoint: Path, scheme: str, out: Path, sizes: Mapping[str, int]) 
 
 
 def build(
-    checkpoint: Path, scheme: str, out: Path, sizes: Mapping[str, int], opt: str = "O2"
+    checkpoint: Path,
+    scheme: str,
+    out: Path,
+    sizes: Mapping[str, int],
+    opt: str = "O2",
+    target: str = "cpu",
 ) -> Built:
+    """Convert and compile to a library for this machine, of exactly these sizes."""
     from mlc_compile.compiler.build import compile_library
 
     convert(checkpoint, scheme, out, sizes)
-    compile_library(out, "cpu", out / "model.so", opt=opt)
+    compile_library(out, target, out / "model.so", opt=opt, overrides=sizes)
     return Built(checkpoint, out, out / "model.so")

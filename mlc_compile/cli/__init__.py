@@ -17,6 +17,7 @@ COMMANDS = (
     "convert_weight",
     "gen_config",
     "compile",
+    "package",
     "plan",
     "run",
     "verify",

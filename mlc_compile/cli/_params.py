@@ -49,6 +49,22 @@ class SizeType(click.ParamType):  # type: ignore[type-arg,unused-ignore]
         return size
 
 
+class BudgetType(SizeType):
+    """A size, or the name of a phone in targets/apple/phones.py."""
+
+    name = "size|phone"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if not isinstance(value, str) or not value.strip().lower().startswith("iphone"):
+            return super().convert(value, param, ctx)
+        from mlc_compile.targets.apple.phones import closest, find_phone
+
+        phone = find_phone(value.strip())
+        if phone is None:
+            self.fail(f"'{value}' is no phone; use {', '.join(closest(value))}", param, ctx)
+        return phone.budget
+
+
 class OverridesType(click.ParamType):  # type: ignore[type-arg,unused-ignore]
     """`key=value;key2=value2` over the memory-planning numbers; converts to dict[str, int]."""
 
@@ -134,7 +150,9 @@ overrides_option = click.option(
     help="Replace numbers of the configuration: " + ", ".join(COMPILE_NUMBERS) + ".",
 )
 budget_option = click.option(
-    "--budget", type=SIZE, help="Device memory that the plan must fit in, such as 4GiB."
+    "--budget",
+    type=BudgetType(),
+    help="Device memory that the plan must fit in, such as 4GiB, or a phone, such as iphone-6gb.",
 )
 library_option = click.option(
     "--lib", "library", type=LIBRARY, required=True, help="Library made by `compile`."

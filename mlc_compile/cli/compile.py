@@ -10,6 +10,7 @@ from mlc_compile.cli._output import Output, examples, output_options
 from mlc_compile.cli._params import (
     OUT_DIR,
     OUT_FILE,
+    SIZE,
     budget_option,
     existing,
     overrides_option,
@@ -21,6 +22,8 @@ from mlc_compile.cli._params import (
     "compile",
     epilog=examples(
         "mlc_compile compile out --target cpu -o out/model.so",
+        "mlc_compile compile out --target webgpu -o out/model.wasm",
+        "mlc_compile compile out --target iphone -o out/libmodel.a --budget iphone-6gb",
         "mlc_compile compile out/mlc-chat-config.json --target cpu -o model.so --budget 2GiB",
         "mlc_compile compile out -o model.so --overrides 'prefill_chunk_size=512;max_batch_size=1'",
     ),
@@ -37,6 +40,24 @@ from mlc_compile.cli._params import (
 )
 @overrides_option
 @budget_option
+@click.option(
+    "--max-binding-size",
+    type=SIZE,
+    help="Largest buffer that a kernel may bind; default: the target's.",
+)
+@click.option(
+    "--web-toolchain",
+    type=click.Choice(["zig", "emscripten"]),
+    default="zig",
+    show_default=True,
+    help="What compiles the web runtime and links a .wasm library.",
+)
+@click.option(
+    "--system-lib-prefix",
+    metavar="NAME_",
+    help="What a .tar or .a registers itself under in an app: C letters, 8 at least, _ at the "
+    "end; default: derived from the model, its scheme and its sizes.",
+)
 @click.option("--debug-dump", type=OUT_DIR, help="Write the IR after each phase into DIR.")
 @output_options
 def command(
@@ -46,6 +67,9 @@ def command(
     opt: str,
     overrides: dict[str, int],
     budget: int | None,
+    max_binding_size: int | None,
+    web_toolchain: str,
+    system_lib_prefix: str | None,
     debug_dump: Path | None,
     out: Output,
 ) -> None:
@@ -66,6 +90,9 @@ def command(
             overrides=overrides,
             budget=budget,
             debug_dump=debug_dump,
+            max_binding_bytes=max_binding_size,
+            web_toolchain=web_toolchain,
+            system_lib_prefix=system_lib_prefix,
             progress=progress,
         )
     for note in report.notes:

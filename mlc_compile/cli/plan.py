@@ -17,6 +17,7 @@ from mlc_compile.cli._params import budget_option, existing, overrides_option, t
         "mlc_compile plan out --overrides 'context_window_size=8192' --budget 4GiB",
         "mlc_compile plan ./SmolLM2-135M-Instruct --quantization q4f16_1",
         "mlc_compile plan ./SmolLM2-135M-Instruct --fit --budget 500MB",
+        "mlc_compile plan out --target iphone --budget iphone-6gb",
     ),
 )
 @click.argument("source", metavar="SOURCE", type=existing())
@@ -44,7 +45,8 @@ def command(
     Weights, KV cache, workspace and reserve, in bytes.
 
     SOURCE is a checkpoint, the directory made by `gen_config`, or its mlc-chat-config.json. A
-    plan above --budget is an error that says what would make it fit.
+    plan above --budget is an error that says what would make it fit, and so is a buffer larger
+    than the target allows.
     """
     if fit and budget is None:
         raise click.UsageError("--fit needs --budget", click.get_current_context())
@@ -57,8 +59,9 @@ def command(
 
         out.result(fit_plan(source, target, budget=budget, overrides=overrides))
         return
+    from mlc_compile.compiler.fit import check_fits
     from mlc_compile.compiler.inputs import load_plan_inputs
-    from mlc_compile.compiler.memory import check_budget, estimate_plan
+    from mlc_compile.compiler.memory import check_binding, estimate_plan, largest_binding
     from mlc_compile.targets.profile import get_target
 
     profile, _ = get_target(target)
@@ -67,4 +70,10 @@ def command(
         out.detail(note)
     plan = estimate_plan(inputs.model, inputs.scheme, inputs.config, profile)
     out.result(plan)
-    check_budget(plan, budget)
+    if profile.name == "iphone" and budget is None:
+        from mlc_compile.targets.apple.phones import where_it_fits
+
+        out.info(where_it_fits(plan.total))
+    check_fits(inputs, profile, plan, budget)
+    largest = largest_binding(inputs.model, inputs.scheme, inputs.config)
+    check_binding(largest, profile.max_binding_bytes, profile.name)

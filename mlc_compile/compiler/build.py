@@ -7,25 +7,29 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from mlc_compile.compiler.fit import check_fits
 from mlc_compile.compiler.inputs import CompileInputs, load_inputs
 from mlc_compile.compiler.memory import (
     PLANNED,
     MemoryPlan,
+    check_binding,
     check_budget,
     estimate_plan,
     format_bytes,
+    largest_binding,
     static_workspace,
 )
 from mlc_compile.compiler.opt import OptFlags, parse_opt
 from mlc_compile.compiler.tvm_pair import require_tvm
 from mlc_compile.errors import InputError
 from mlc_compile.quantization.policy import stored_params
+from mlc_compile.targets.apple.prefix import check_prefix, derived_prefix
 from mlc_compile.targets.parsing import fast_parsing
-from mlc_compile.targets.profile import check_output, get_target
+from mlc_compile.targets.profile import ExportRequest, TargetProfile, check_output, get_target
 
 Progress = Callable[[str, int, int], None]
 
@@ -72,12 +76,17 @@ def compile_library(
     overrides: Mapping[str, int] | None = None,
     budget: int | None = None,
     debug_dump: Path | None = None,
+    max_binding_bytes: int | None = None,
+    web_toolchain: str = "zig",
+    system_lib_prefix: str | None = None,
     progress: Progress | None = None,
 ) -> CompileReport:
     """Compile the model library of a configuration.
 
     source: a directory with mlc-chat-config.json, or that file. overrides: sizes of CompileConfig
-    that replace the configuration's. Nothing is written unless everything succeeded.
+    that replace the configuration's. max_binding_bytes: replaces the target's own limit.
+    web_toolchain: what links WebAssembly. system_lib_prefix: what a statically linked library
+    registers itself under; None derives it. Nothing is written unless everything succeeded.
 
     Raises:
         InputError: a bad configuration, target, output name or option, or a plan above `budget`.
@@ -87,15 +96,9 @@ def compile_library(
     profile, variant = get_target(target)
     check_output(profile, output)
     flags = parse_opt(opt)
-    inputs = load_inputs(source, overrides or {})
-    if inputs.config.tensor_parallel_shards > profile.max_shards:
-        raise InputError(
-            f"tensor_parallel_shards is {inputs.config.tensor_parallel_shards} and a library for "
-            f"{profile.name} takes at most {profile.max_shards}",
-            hint="run gen_config with --tensor-parallel-shards 1, or give --overrides",
-        )
-    estimate = estimate_plan(inputs.model, inputs.scheme, inputs.config, profile)
-    check_budget(estimate, budget)
+    inputs = load_inputs(source, profile, overrides or {})
+    prefix = library_prefix(inputs, profile, output.suffix, flags, system_lib_prefix)
+    estimate = check_inputs(inputs, profile, budget, max_binding_bytes)
     output = output.resolve()
     if not output.parent.is_dir() or not os.access(output.parent, os.W_OK):
         raise InputError(f"--output {output}: its folder does not exist or cannot be written")
@@ -110,7 +113,7 @@ def compile_library(
             ) from error
     require_tvm()
     backend = profile.backend()
-    backend.check_environment()
+    backend.check_environment(output.suffix, web_toolchain)
 
     try:
         folder = Path(tempfile.mkdtemp(prefix=f".{output.stem}.", dir=output.parent))
@@ -121,8 +124,16 @@ def compile_library(
     try:
         temporary = folder / output.name
         with fast_parsing():
-            plan, kernels = _compile(
-                inputs, profile.name, variant, flags, temporary, debug_dump, progress
+            plan, kernels, warnings = _compile(
+                inputs,
+                profile.name,
+                variant,
+                flags,
+                temporary,
+                web_toolchain,
+                prefix,
+                debug_dump,
+                progress,
             )
         check_budget(plan, budget)
         nbytes = temporary.stat().st_size
@@ -137,8 +148,72 @@ def compile_library(
         seconds=time.monotonic() - started,
         nbytes=nbytes,
         kernels=kernels,
-        notes=inputs.config.notes,
+        notes=(*inputs.config.notes, *warnings),
     )
+
+
+def check_inputs(
+    inputs: CompileInputs,
+    profile: TargetProfile,
+    budget: int | None = None,
+    max_binding_bytes: int | None = None,
+) -> MemoryPlan:
+    """The estimated plan of what can be compiled for a target; see compile_library.
+
+    Raises:
+        InputError: the target cannot compute in the scheme's dtype, or has not the devices or the
+            memory.
+    """
+    if inputs.scheme.model_dtype not in profile.dtypes:
+        raise InputError(
+            f"{inputs.scheme.name} computes in {inputs.scheme.model_dtype}, which {profile.name} "
+            "cannot",
+            hint=f"take a scheme of {' or '.join(profile.dtypes)}; see `list quantizations`",
+        )
+    if inputs.config.tensor_parallel_shards > profile.max_shards:
+        raise InputError(
+            f"tensor_parallel_shards is {inputs.config.tensor_parallel_shards} and a library for "
+            f"{profile.name} takes at most {profile.max_shards}",
+            hint="run gen_config with --tensor-parallel-shards 1, or give --overrides",
+        )
+    estimate = estimate_plan(inputs.model, inputs.scheme, inputs.config, profile)
+    check_fits(inputs, profile, estimate, budget)
+    largest = largest_binding(inputs.model, inputs.scheme, inputs.config)
+    check_binding(largest, max_binding_bytes or profile.max_binding_bytes, profile.name)
+    return estimate
+
+
+def library_prefix(
+    inputs: CompileInputs, profile: TargetProfile, suffix: str, flags: OptFlags, given: str | None
+) -> str:
+    """The system-library prefix of a library: `given`, or one that differs wherever the library
+    does; "" for a library that is loaded by its path.
+
+    Raises:
+        InputError: `given` cannot be one, or the library takes none.
+    """
+    if suffix not in profile.static_suffixes:
+        if given is None:
+            return ""
+        raise InputError(
+            f"--system-lib-prefix is for libraries that an app links statically, and a {suffix} "
+            f"for {profile.name} is none",
+            hint="leave it out",
+        )
+    if given is not None:
+        return check_prefix(given)
+    from mlc_compile.compiler.metadata import config_fingerprint
+
+    sizes = asdict(inputs.config)
+    del sizes["notes"]
+    identity = {
+        "config": config_fingerprint(inputs.model, inputs.scheme),
+        "sizes": sizes,
+        "active_vocab_size": inputs.active_vocab_size,
+        "target": profile.name,
+        "opt": str(flags),
+    }
+    return derived_prefix(inputs.model.arch.name, inputs.scheme.name, identity)
 
 
 def _compile(
@@ -147,15 +222,22 @@ def _compile(
     variant: str | None,
     flags: OptFlags,
     output: Path,
+    web_toolchain: str,
+    prefix: str,
     debug_dump: Path | None,
     progress: Progress | None,
-) -> tuple[MemoryPlan, int]:
-    """Build and write the library; (the static plan, number of kernels)."""
+) -> tuple[MemoryPlan, int, list[str]]:
+    """Build and write the library; (the static plan, number of kernels, warnings)."""
     from tvm import relax, tirx
 
     from mlc_compile.compiler.metadata import attach_metadata, build_metadata
     from mlc_compile.compiler.passes.bounds import upper_bounds
-    from mlc_compile.compiler.pipeline import PhaseRunner, graph_phases, lowering_phases
+    from mlc_compile.compiler.pipeline import (
+        PhaseRunner,
+        graph_phases,
+        lowering_phases,
+        register_under,
+    )
     from mlc_compile.nn.export import STACK, STACK_ONE, export_decoder
     from mlc_compile.nn.sampling import SAMPLING_FUNCTIONS, attach_sampling
     from mlc_compile.quantization.linear import SchemeLayers
@@ -163,7 +245,7 @@ def _compile(
     model, scheme, config = inputs.model, inputs.scheme, inputs.config
     profile, _ = get_target(target_name)
     backend = profile.backend()
-    target = backend.tvm_target(variant)
+    target = backend.tvm_target(variant, output.suffix)
     steps = ["export", "bind", "fuse", "legalize", "plan_memory", "lower", "generate", "link"]
 
     def report(step: str) -> None:
@@ -183,7 +265,7 @@ def _compile(
         active_vocab_size=inputs.active_vocab_size,
     )
     runner.write("export", mod)
-    mod = runner.run(mod, graph_phases(target, backend.kernels(target), config, flags))
+    mod = runner.run(mod, graph_phases(target, backend, config, flags))
     usage = static_workspace(mod, upper_bounds(config))
     workspace = max(usage[name] for name in PLANNED)
     plan = estimate_plan(model, scheme, config, profile).with_workspace(workspace)
@@ -199,19 +281,29 @@ def _compile(
         plan,
         usage,
         inputs.active_vocab_size,
+        profile.required_features(scheme.model_dtype, variant),
+        largest_binding(model, scheme, config)[1],
         {
             "functions": functions,
             "tvm_target": str(target),
             "opt": str(flags),
             "kv_tokens": config.kv_tokens,
+            **({"system_lib_prefix": prefix} if prefix else {}),
         },
     )
     mod = attach_metadata(mod, metadata)
     mod = runner.run(mod, lowering_phases())
+    if prefix:
+        mod = register_under(mod, prefix)
     kernels = sum(isinstance(f, tirx.PrimFunc) for _, f in mod.functions_items())
     report("generate")
-    with target:
-        executable = relax.build(mod, target, relax_pipeline=None)
-    report("link")
-    backend.export(executable, output)
-    return plan, kernels
+
+    def linking(what: str, done: int, total: int) -> None:
+        if progress is not None:
+            progress(f"link: {what}", steps.index("link"), len(steps))
+
+    request = ExportRequest(
+        output, metadata, [*functions, "_metadata"], web_toolchain, linking, prefix
+    )
+    warnings = backend.export(mod, target, request)
+    return plan, kernels, warnings

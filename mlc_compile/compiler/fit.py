@@ -10,7 +10,7 @@ from typing import Any
 
 from mlc_compile.chat_config import FILE_NAME
 from mlc_compile.compiler.inputs import CompileInputs, load_plan_inputs
-from mlc_compile.compiler.memory import MemoryPlan, estimate_plan, format_bytes
+from mlc_compile.compiler.memory import MemoryPlan, check_budget, estimate_plan, format_bytes
 from mlc_compile.config import CompileConfig, resolve_compile_config
 from mlc_compile.errors import InputError
 from mlc_compile.models.spec import Model
@@ -60,8 +60,8 @@ class FitReport:
             f"mlc_compile gen_config {source} --quantization {self.chosen.scheme} -o {out} "
             f"{window} --prefill-chunk-size {c.prefill_chunk_size} "
             f"--max-batch-size {c.max_batch_size}",
-            f"mlc_compile compile {out} --target {self.target} -o {out}/model.so "
-            f"--budget {self.budget}",
+            f"mlc_compile compile {out} --target {self.target} "
+            f"-o {out}/model{get_target(self.target)[0].suffixes[0]} --budget {self.budget}B",
         ]
 
     def to_json(self) -> dict[str, Any]:
@@ -124,6 +124,60 @@ def fit_plan(source: Path, target: str, *, budget: int, overrides: Mapping[str, 
         f"{format_bytes(least.plan.weights)}, reserve {format_bytes(least.plan.reserve)})",
         hint="take a smaller model or a larger budget",
     )
+
+
+def check_fits(
+    inputs: CompileInputs, profile: TargetProfile, plan: MemoryPlan, budget: int | None
+) -> None:
+    """Refuse a plan above the budget (bytes).
+
+    Raises:
+        InputError: says the parts, and which scheme with which context would fit.
+    """
+    if budget is not None and plan.total > budget:
+        check_budget(plan, budget, what_fits(inputs, profile, budget))
+
+
+def what_fits(inputs: CompileInputs, profile: TargetProfile, budget: int) -> str:
+    """The largest context of this scheme and of each less exact one, in words."""
+    own, config, trained = inputs.scheme.name, inputs.config, inputs.model.config
+    fixed = {
+        "max_batch_size": config.max_batch_size,
+        "prefill_chunk_size": config.prefill_chunk_size,
+        "tensor_parallel_shards": config.tensor_parallel_shards,
+    }
+    found = []
+    # The scheme as it is, then those below it; a scheme that is not in PREFERENCE has them all.
+    below = PREFERENCE[PREFERENCE.index(own) + 1 :] if own in PREFERENCE else PREFERENCE
+    for scheme in (own, *below):
+        choice = _largest(inputs, profile, scheme, fixed, trained.max_position_embeddings, budget)
+        if choice is not None:
+            found.append(f"{scheme} with a context of {choice.config.kv_tokens}")
+    if found:
+        return f"what fits: {', or '.join(found)} tokens"
+    least = _choice(inputs.model, profile, (own, *below)[-1], fixed, PAGE)
+    return (
+        f"nothing fits: {least.scheme} with a context of {PAGE} tokens needs "
+        f"{format_bytes(least.plan.total)}; take a smaller model"
+    )
+
+
+def largest_context(
+    inputs: CompileInputs, profile: TargetProfile, budget: int
+) -> CompileConfig | None:
+    """The sizes of `inputs` with the largest context up to theirs that fits the budget (bytes);
+    None when not even one page does."""
+    config = inputs.config
+    if estimate_plan(inputs.model, inputs.scheme, config, profile).total <= budget:
+        return config
+    fixed = {
+        "max_batch_size": config.max_batch_size,
+        "prefill_chunk_size": config.prefill_chunk_size,
+        "tensor_parallel_shards": config.tensor_parallel_shards,
+    }
+    limit = max(config.context_window_size, config.sliding_window_size)
+    choice = _largest(inputs, profile, inputs.scheme.name, fixed, limit, budget)
+    return None if choice is None else choice.config
 
 
 def _largest(

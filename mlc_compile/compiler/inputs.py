@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,11 @@ class CompileInputs:
     active_vocab_size: int
 
 
-def load_inputs(source: Path, overrides: Mapping[str, int]) -> CompileInputs:
-    """Read a directory with mlc-chat-config.json, or that file; `overrides` replace its sizes.
+def load_inputs(
+    source: Path, profile: TargetProfile, overrides: Mapping[str, int]
+) -> CompileInputs:
+    """Read a directory with mlc-chat-config.json, or that file; `overrides` replace its sizes, and
+    those that the target imposes.
 
     Raises:
         InputError: no such configuration, or one that says something impossible.
@@ -35,10 +38,18 @@ def load_inputs(source: Path, overrides: Mapping[str, int]) -> CompileInputs:
     chat = ChatConfig.read(source)
     where = str(chat.path)
     model = load_model(chat.model_config, model_type=chat.model_type, where=where)
+    sizes = {key: min(size, profile.caps.get(key, size)) for key, size in chat.sizes.items()}
+    notes = tuple(
+        f"{key} is {size}, not the configuration's {chat.sizes[key]}: a default of "
+        f"{profile.name}; --overrides changes it."
+        for key, size in sizes.items()
+        if size != chat.sizes[key] and key not in overrides
+    )
+    config = _resolve(model, sizes, {**profile.imposed, **overrides})
     return CompileInputs(
         model=model,
         scheme=get_scheme(chat.quantization),
-        config=_resolve(model, chat.sizes, overrides),
+        config=replace(config, notes=(*notes, *config.notes)),
         active_vocab_size=int(chat.raw.get("active_vocab_size") or model.config.vocab_size),
     )
 
@@ -55,7 +66,7 @@ def load_plan_inputs(
         InputError: as load_inputs; a checkpoint without a scheme.
     """
     if source.name == FILE_NAME or (source / FILE_NAME).is_file():
-        inputs = load_inputs(source, overrides)
+        inputs = load_inputs(source, profile, overrides)
         if quantization is None:
             return inputs
         return CompileInputs(
@@ -71,7 +82,9 @@ def load_plan_inputs(
     model = load_model(checkpoint.config, where=str(source))
     _check_keys(overrides)
     config = resolve_compile_config(
-        model.config, target_defaults=profile.compile_defaults, **overrides
+        model.config,
+        target_defaults=profile.compile_defaults,
+        **{**profile.imposed, **overrides},
     )
     return CompileInputs(model, get_scheme(quantization), config, model.config.vocab_size)
 

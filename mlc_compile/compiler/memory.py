@@ -77,6 +77,41 @@ def kv_cache_pages(config: CompileConfig) -> int:
     return pages
 
 
+def largest_binding(model: Model, scheme: QuantScheme, config: CompileConfig) -> tuple[str, int]:
+    """(what it is, bytes) of the largest buffer that a kernel binds: a parameter, the cache pages
+    of one layer, or an activation of a whole prefill chunk."""
+    c, size = model.config, numpy_dtype(scheme.model_dtype).itemsize
+    rows = max(config.prefill_chunk_size, config.max_batch_size)
+    heads = c.num_attention_heads + 2 * c.num_key_value_heads
+    widest = max(2 * c.intermediate_size, heads * c.head_dim, c.hidden_size)
+    found = {
+        f"the parameter {stored.name}": stored.nbytes
+        for spec in model.parameters()
+        for stored in stored_params(spec, scheme)
+    }
+    page = 2 * c.num_key_value_heads * PAGE_TOKENS * c.head_dim * size
+    found["one layer of the KV cache"] = kv_cache_pages(config) * page
+    found["an activation of one prefill chunk"] = rows * widest * size
+    return max(found.items(), key=lambda item: item[1])
+
+
+def check_binding(found: tuple[str, int], limit: int | None, target: str) -> None:
+    """Refuse a buffer that a device of the target may not bind (`limit` bytes).
+
+    Raises:
+        InputError: says which and what would make it fit.
+    """
+    what, nbytes = found
+    if limit is None or nbytes <= limit:
+        return
+    raise InputError(
+        f"{what} takes {format_bytes(nbytes)}, and a kernel for {target} may bind at most "
+        f"{format_bytes(limit)}",
+        hint="take a smaller scheme or a smaller context_window_size or prefill_chunk_size; "
+        "compile's --max-binding-size states another limit if every device you ship to has it",
+    )
+
+
 def kv_cache_bytes(model: Model, dtype: str, config: CompileConfig) -> int:
     """Pages of all layers, and the buffers that the cache keeps for one prefill chunk."""
     c, size = model.config, numpy_dtype(dtype).itemsize
@@ -237,8 +272,8 @@ def _value(extent: Any, bounds: Mapping[str, int]) -> int:
     raise TypeError(f"no upper bound for the extent {extent}")
 
 
-def check_budget(plan: MemoryPlan, budget: int | None) -> None:
-    """Refuse a plan above the budget (bytes).
+def check_budget(plan: MemoryPlan, budget: int | None, remedy: str | None = None) -> None:
+    """Refuse a plan above the budget (bytes). remedy: what would fit, where that is known.
 
     Raises:
         InputError: says the parts and what would make it fit.
@@ -249,7 +284,8 @@ def check_budget(plan: MemoryPlan, budget: int | None) -> None:
     raise InputError(
         f"the plan needs {format_bytes(plan.total)} and the budget is {format_bytes(budget)} "
         f"({parts})",
-        hint="lower --context-window-size, --max-batch-size or --prefill-chunk-size, take a "
+        hint=remedy
+        or "lower --context-window-size, --max-batch-size or --prefill-chunk-size, take a "
         "smaller scheme, or let `mlc_compile plan --fit --budget ...` choose",
     )
 

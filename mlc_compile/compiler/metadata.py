@@ -21,11 +21,13 @@ if TYPE_CHECKING:
     from tvm.ir import IRModule
 
 FORMAT_VERSION = 1
+# web-llm's other pair, prefill_tokens and decode_tokens, takes embeddings, ids and modalities at
+# once: it is not the pair of functions that we export under these names (see nn/export.py).
 PROGRAM_EXPORTS = {
     "embed_tokens": "embed",
     "create_kv_cache": "create_tir_paged_kv_cache",
-    "prefill_tokens": "prefill_tokens",
-    "decode_tokens": "decode_tokens",
+    "prefill_embeds": "prefill",
+    "decode_embeds": "decode",
 }
 
 
@@ -38,12 +40,13 @@ def build_metadata(
     plan: MemoryPlan,
     memory_usage: Mapping[str, int],
     active_vocab_size: int,
+    required_features: Sequence[str],
+    largest_binding: int,
     extra: Mapping[str, Any],
 ) -> dict[str, Any]:
     """What `_metadata()` returns, as a JSON object."""
     c = model.config
     schema = parameter_schema_id(params)
-    largest = max(p.nbytes for p in params)
     return {
         "model_type": model.arch.name,
         "quantization": scheme.name,
@@ -82,8 +85,8 @@ def build_metadata(
             "parameter_schema_id": schema,
             "programs": {"default": {"kind": "token_generation", "exports": PROGRAM_EXPORTS}},
             "resources": {
-                "required_features": list(profile.required_features),
-                "max_storage_buffer_binding_size": largest,
+                "required_features": list(required_features),
+                "max_storage_buffer_binding_size": largest_binding,
                 "estimated_device_memory_bytes": plan.total,
             },
         },

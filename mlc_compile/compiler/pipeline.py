@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tvm
-from tvm import relax
+from tvm import relax, tirx
 from tvm.ir import IRModule
 from tvm.target import Target
 
@@ -24,6 +24,7 @@ from mlc_compile.compiler.passes.fuse_norm import fuse_norm
 from mlc_compile.compiler.passes.fuse_qk_norm import fuse_qk_norm
 from mlc_compile.config import CompileConfig
 from mlc_compile.targets.kernels import Kernels
+from mlc_compile.targets.profile import Backend
 
 Pass = Callable[[IRModule], IRModule]
 
@@ -46,12 +47,11 @@ class Phase:
 
 
 def graph_phases(
-    target: Target, kernels: Kernels, config: CompileConfig, opt: OptFlags
+    target: Target, backend: Backend, config: CompileConfig, opt: OptFlags
 ) -> list[Phase]:
     """Exported module -> a module whose memory is planned (its storages are what memory.py
     reads)."""
-    from tvm import tirx
-
+    kernels = backend.kernels(target)
     fusing = [
         (lambda mod, f=function: f(mod, kernels))
         for name, function in FUSING.items()
@@ -71,6 +71,7 @@ def graph_phases(
                 x.FuseOps(),
                 x.FuseTIR(),
                 x.DeadCodeElimination(),
+                backend.schedule,
             ],
         ),
         Phase(
@@ -101,6 +102,19 @@ def lowering_phases() -> list[Phase]:
             ],
         )
     ]
+
+
+def register_under(mod: IRModule, prefix: str) -> IRModule:
+    """A lowered module whose kernels' symbols and registration carry a system-library prefix.
+
+    AttachGlobalSymbol would do it for a module with this attribute, but it renames GlobalVars too,
+    and that fails on kernels with buffer views (TVM 0.27). The runtime finds both: it looks for a
+    function's name behind the prefix.
+    """
+    for var, func in mod.functions_items():
+        if isinstance(func, tirx.PrimFunc):
+            mod.update_func(var, func.with_attr("global_symbol", prefix + var.name_hint))
+    return mod.with_attrs({"system_lib_prefix": prefix})
 
 
 class PhaseRunner:

@@ -20,6 +20,8 @@ from mlc_compile.errors import InputError
 from mlc_compile.manifest import stored_schema_id
 from mlc_compile.quantization.policy import StoredParam
 from mlc_compile.runtime.threads import choose_pool_size
+from mlc_compile.targets.embedded import library_params, read_metadata
+from mlc_compile.targets.profile import get_target
 from mlc_compile.weights.tensor_cache import load_params, read_stored_params
 
 if TYPE_CHECKING:
@@ -57,8 +59,14 @@ class Library:
         self._tvm = tvm
         if not path.is_file():
             raise InputError(f"{path}: no such library", hint="make one with `mlc_compile compile`")
+        profile, _ = get_target(read_metadata(path)["mlc_compile"]["target"])
+        if path.suffix not in (".so", ".dylib", ".dll"):
+            raise InputError(
+                f"{path}: this machine cannot run a {path.suffix}",
+                hint=f"compile for --target {profile.name} to a .so, which has the same kernels",
+            )
+        self.device = _device(profile.device)
         try:
-            self.device = tvm.cpu()
             self.vm = VirtualMachine(tvm.runtime.load_module(str(path.resolve())), self.device)
             self.metadata: dict[str, Any] = json.loads(str(self.vm["_metadata"]()))
         except (RuntimeError, ValueError, AttributeError, OSError) as error:
@@ -72,9 +80,7 @@ class Library:
     @property
     def params(self) -> list[StoredParam]:
         """The parameters it wants, in order."""
-        return [
-            StoredParam(p["name"], tuple(p["shape"]), p["dtype"]) for p in self.metadata["params"]
-        ]
+        return library_params(self.metadata)
 
     def has(self, name: str) -> bool:
         return name in self.metadata["mlc_compile"]["functions"]
@@ -89,6 +95,26 @@ class Library:
 
     def shape(self, *extents: int) -> Any:
         return self._tvm.runtime.ShapeTuple(list(extents))
+
+
+def _device(name: str) -> Any:
+    """TVM's device of that name on this machine: the CPU, a WebGPU adapter, or an emulated Metal
+    device.
+
+    Raises:
+        EnvironmentLacksError: what the device needs is missing.
+    """
+    import tvm
+
+    if name == "webgpu":
+        from mlc_compile.runtime import webgpu_device
+
+        webgpu_device.install()
+    elif name == "metal":
+        from mlc_compile.runtime import metal_emulator
+
+        metal_emulator.install()
+    return tvm.device(name, 0)
 
 
 def bind_params(library: Library, directory: Path) -> list[Any]:

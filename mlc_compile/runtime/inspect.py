@@ -1,7 +1,7 @@
 """What an artefact is: a model library, or a directory of parameters.
 
-A library says itself what it is, by its `_metadata`; a directory by its manifest.json, whose hashes
-`check` compares with the files and tensors that are there.
+A library says itself what it is, by its `_metadata`, which is read without running it; a directory
+by its manifest.json, whose hashes `check` compares with the files and tensors that are there.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from mlc_compile.manifest import (
     hash_file,
     read_manifest,
 )
+from mlc_compile.targets.embedded import library_params, read_metadata
 
 # What a file starts with -> the kind of library it is.
 _LIBRARY_MAGIC: Final[Mapping[bytes, str]] = {
@@ -29,7 +30,10 @@ _LIBRARY_MAGIC: Final[Mapping[bytes, str]] = {
     b"\xcf\xfa\xed\xfe": "shared library (Mach-O)",
     b"\xca\xfe\xba\xbe": "shared library (Mach-O, several architectures)",
     b"MZ": "shared library (Windows)",
+    b"\0asm": "WebAssembly library",
+    b"!<arch>\n": "static library (archive)",
 }
+_TAR_MAGIC: Final = (257, b"ustar")  # POSIX ustar, at this offset of the first header
 _SIZES: Final = (
     "context_window_size",
     "sliding_window_size",
@@ -94,6 +98,7 @@ class LibraryReport:
             ("memory", _parts(self.memory_plan.to_json())),
             ("parameters", f"{len(meta['params'])}: {_parts(self.weights)}"),
             ("schema id", ours["parameter_schema_id"]),
+            *_registration(ours),
             ("functions", f"{len(functions)}: {', '.join(functions)}"),
         ]
         return _table(self.path, rows)
@@ -174,6 +179,12 @@ class ParamsReport:
         return text if self.integrity is None else f"{text}\n{self.integrity.to_text()}"
 
 
+def _registration(ours: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """How an app names a library that it links statically; nothing for other libraries."""
+    prefix = ours.get("system_lib_prefix")
+    return [("model lib", f"{prefix.removesuffix('_')} (prefix {prefix})")] if prefix else []
+
+
 def _parts(sizes: Mapping[str, int]) -> str:
     return ", ".join(f"{name.replace('_', ' ')} {format_bytes(n)}" for name, n in sizes.items())
 
@@ -198,17 +209,13 @@ def inspect_artifact(
     if check:
         raise InputError(f"{path}: only a directory with manifest.json can be checked")
     kind = _library_kind(path)
-    from mlc_compile.runtime.engine import Library
-
-    library = Library(path)
-    if "mlc_compile" not in library.metadata:
-        raise InputError(f"{path}: is a model library that another tool made")
+    metadata = read_metadata(path)
     weights: Counter[str] = Counter()
-    for param in library.params:
+    for param in library_params(metadata):
         weights[param.dtype] += param.nbytes
     file = hash_file(path)
     return LibraryReport(
-        path, kind, file.nbytes, file.sha256, library.metadata, dict(weights.most_common())
+        path, kind, file.nbytes, file.sha256, metadata, dict(weights.most_common())
     )
 
 
@@ -216,12 +223,15 @@ def _library_kind(path: Path) -> str:
     """By the file's first bytes, before anything of it is loaded."""
     try:
         with open(path, "rb") as file:
-            start = file.read(4)
+            start = file.read(512)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
     for magic, kind in _LIBRARY_MAGIC.items():
         if start.startswith(magic):
             return kind
+    at, magic = _TAR_MAGIC
+    if start[at : at + len(magic)] == magic:
+        return "objects of a static library (tar)"
     raise InputError(
         f"{path}: is neither a shared library nor a directory of parameters",
         hint="inspect takes what compile and convert_weight write",

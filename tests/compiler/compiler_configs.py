@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from mlc_compile.chat_config import COMPILE_KEYS
+from mlc_compile.compiler.inputs import CompileInputs, load_inputs
+from mlc_compile.targets.profile import get_target
 
 BASE: dict[str, Any] = {
     "hidden_size": 64,
@@ -65,3 +67,8 @@ def write_config(
     }
     (folder / "mlc-chat-config.json").write_text(json.dumps(document), encoding="utf-8")
     return folder
+
+
+def read_inputs(folder: Path, target: str = "cpu", **overrides: int) -> CompileInputs:
+    """What compiling `folder` for a target starts from."""
+    return load_inputs(folder, get_target(target)[0], overrides)

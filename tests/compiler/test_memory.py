@@ -6,9 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from compiler_configs import read_inputs
 
 from mlc_compile.compiler import memory
-from mlc_compile.compiler.inputs import load_inputs
 from mlc_compile.errors import InputError
 from mlc_compile.models.registry import ARCHITECTURES
 from mlc_compile.quantization.policy import stored_params
@@ -25,7 +25,7 @@ SHAPES = {
 }
 
 
-def static_workspace(folder: Path) -> tuple[int, int]:
+def static_workspace(folder: Path, target_name: str) -> tuple[int, int]:
     """(the compiler's planned bytes, the estimate) without generating code."""
     from mlc_compile.compiler.opt import parse_opt
     from mlc_compile.compiler.passes.bounds import upper_bounds
@@ -34,10 +34,10 @@ def static_workspace(folder: Path) -> tuple[int, int]:
     from mlc_compile.quantization.linear import SchemeLayers
     from mlc_compile.targets.parsing import fast_parsing
 
-    inputs = load_inputs(folder, {})
-    profile, _ = get_target("cpu")
+    inputs = read_inputs(folder, target_name)
+    profile, _ = get_target(target_name)
     backend = profile.backend()
-    target = backend.tvm_target(None)
+    target = backend.tvm_target(None, profile.suffixes[0])
     params = [s for spec in inputs.model.parameters() for s in stored_params(spec, inputs.scheme)]
     with fast_parsing():
         module = export_decoder(
@@ -47,7 +47,7 @@ def static_workspace(folder: Path) -> tuple[int, int]:
             inputs.config,
             backend.kv_cache_kernels(target),
         )
-        phases = graph_phases(target, backend.kernels(target), inputs.config, parse_opt("O2"))
+        phases = graph_phases(target, backend, inputs.config, parse_opt("O2"))
         module = PhaseRunner(target, None).run(module, phases)
     usage = memory.static_workspace(module, upper_bounds(inputs.config))
     estimate = memory.estimate_plan(inputs.model, inputs.scheme, inputs.config, profile)
@@ -57,27 +57,27 @@ def static_workspace(folder: Path) -> tuple[int, int]:
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
 def test_estimate_agrees_with_the_static_plan(
-    config_dir: MakeConfig, model_type: str, shape: str
+    config_dir: MakeConfig, model_type: str, shape: str, target_name: str
 ) -> None:
-    planned, estimated = static_workspace(config_dir(model_type, **SHAPES[shape]))
+    planned, estimated = static_workspace(config_dir(model_type, **SHAPES[shape]), target_name)
     assert abs(estimated - planned) <= 0.05 * planned, (planned, estimated)
 
 
 @pytest.mark.parametrize("quantization", ["q0f32", "q0bf16", "q3f16_1"])
 def test_estimate_agrees_for_other_dtypes(config_dir: MakeConfig, quantization: str) -> None:
-    planned, estimated = static_workspace(config_dir(quantization=quantization))
+    planned, estimated = static_workspace(config_dir(quantization=quantization), "cpu")
     assert abs(estimated - planned) <= 0.05 * planned, (planned, estimated)
 
 
 @pytest.mark.parametrize("name", SCHEMES)
 def test_weights_are_the_stored_bytes(config_dir: MakeConfig, name: str) -> None:
-    inputs = load_inputs(config_dir(quantization=name), {})
+    inputs = read_inputs(config_dir(quantization=name))
     stored = [s for spec in inputs.model.parameters() for s in stored_params(spec, inputs.scheme)]
     assert memory.weight_bytes(inputs.model, inputs.scheme) == sum(s.nbytes for s in stored)
 
 
 def test_kv_cache_of_known_numbers(config_dir: MakeConfig) -> None:
-    inputs = load_inputs(config_dir(quantization="q0f16"), {})
+    inputs = read_inputs(config_dir(quantization="q0f16"))
     # 2 sequences x 128 tokens = 16 pages and one spare; 2 layers x (k, v) x 2 heads x 16 x 16 x 2 B
     pages = 17 * 2 * 2 * 2 * 16 * 16 * 2
     chunk = 32 * (2 * 4 * 16 * 2 + 2 * 2 * 16 * 2 + 2 * 4 * 4)
@@ -86,8 +86,8 @@ def test_kv_cache_of_known_numbers(config_dir: MakeConfig) -> None:
 
 def test_sliding_window_bounds_the_cache(config_dir: MakeConfig) -> None:
     folder = config_dir("mistral", sliding_window=32)
-    full = load_inputs(folder, {"context_window_size": 32})
-    slid = load_inputs(folder, {"sliding_window_size": 32})
+    full = read_inputs(folder, context_window_size=32)
+    slid = read_inputs(folder, sliding_window_size=32)
     assert slid.config.context_window_size == -1
     # window + chunk - 1 tokens and two partly used pages for each sequence
     assert memory.kv_cache_pages(slid.config) == -(-2 * (32 + 32 - 1) // 16) + 1 + 2 * 2
@@ -96,13 +96,38 @@ def test_sliding_window_bounds_the_cache(config_dir: MakeConfig) -> None:
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_budget_is_kept_to_the_byte(config_dir: MakeConfig, target: str) -> None:
-    inputs = load_inputs(config_dir(), {})
+    inputs = read_inputs(config_dir())
     profile, _ = get_target(target)
     plan = memory.estimate_plan(inputs.model, inputs.scheme, inputs.config, profile)
     memory.check_budget(plan, plan.total)
     memory.check_budget(plan, None)
     with pytest.raises(InputError, match=r"the plan needs .* and the budget is .*weights"):
         memory.check_budget(plan, plan.total - 1)
+
+
+def test_the_largest_buffer_is_named_and_limited(config_dir: MakeConfig) -> None:
+    inputs = read_inputs(config_dir(vocab_size=3200), "webgpu", context_window_size=16)
+    found = memory.largest_binding(inputs.model, inputs.scheme, inputs.config)
+    assert found == ("the parameter model.embed_tokens.q_weight", 3200 * 64 // 8 * 4)
+    memory.check_binding(found, found[1], "webgpu")
+    memory.check_binding(found, None, "cpu")
+    with pytest.raises(InputError, match=r"embed_tokens.* takes 100\.0 KiB.* at most 100\.0 KiB"):
+        memory.check_binding(found, found[1] - 1, "webgpu")
+
+
+def test_a_long_context_makes_the_cache_the_largest_buffer(config_dir: MakeConfig) -> None:
+    folder = config_dir(quantization="q0f16", max_position_embeddings=1 << 16)
+    inputs = read_inputs(folder, "webgpu", context_window_size=1 << 16)
+    what, nbytes = memory.largest_binding(inputs.model, inputs.scheme, inputs.config)
+    assert what == "one layer of the KV cache"
+    assert nbytes == ((1 << 16) // 16 + 1) * 2 * 2 * 16 * 16 * 2
+
+
+def test_a_target_imposes_sizes_that_overrides_can_lift(config_dir: MakeConfig) -> None:
+    folder = config_dir()
+    assert read_inputs(folder).config.max_batch_size == 2
+    assert read_inputs(folder, "webgpu").config.max_batch_size == 1
+    assert read_inputs(folder, "webgpu", max_batch_size=3).config.max_batch_size == 3
 
 
 @pytest.mark.parametrize(

@@ -4,36 +4,30 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from math import erf
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import pytest
 import tvm
+from elementwise_reference import (
+    ACTIVATION_REFERENCES,
+    DTYPES,
+    EPS,
+    assert_close,
+    random,
+    reference_norm,
+    wide,
+)
 from tvm import relax, tirx
 
 from mlc_compile.targets.cpu_kernels import _vector as vec
 from mlc_compile.targets.cpu_kernels import elementwise
 
-EPS = 1e-5
 HQ, HKV, HEAD_DIM = 3, 2, 64
 # 256 fills the vectors, 36 and 7 do not (narrower vectors follow).
 WIDTHS = (256, 36, 7)
-DTYPES = {
-    "float32": (np.dtype(np.float32), 2e-6),
-    "float16": (np.dtype(np.float16), 2.0**-10),
-    "bfloat16": (np.dtype(ml_dtypes.bfloat16), 2.0**-7),
-}
 TARGET = tvm.target.Target({"kind": "llvm", "mcpu": "x86-64-v3"})
-ACTIVATION_REFERENCES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-    "silu": lambda x: x / (1 + np.exp(-x)),
-    "gelu": lambda x: 0.5 * x * (1 + np.vectorize(erf)(x / np.sqrt(2))),
-    "gelu_tanh": lambda x: 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))),
-    "relu": lambda x: np.maximum(x, 0),
-}
-ACTIVATION_REFERENCES["gelu_pytorch_tanh"] = ACTIVATION_REFERENCES["gelu_tanh"]
 
 
 def tensor_type(shape: Sequence[Any], dtype: str) -> relax.TensorType:
@@ -109,26 +103,6 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], relax.V
 def call(vm: relax.VirtualMachine, name: str, *arrays: np.ndarray) -> list[np.ndarray]:
     result = vm[name](*(tvm.runtime.tensor(a) for a in arrays))
     return [result.numpy()] if hasattr(result, "numpy") else [r.numpy() for r in result]
-
-
-def wide(a: np.ndarray) -> np.ndarray:
-    return a.astype(np.float64)
-
-
-def reference_norm(x: np.ndarray, w: np.ndarray) -> np.ndarray:
-    x = wide(x)
-    return x / np.sqrt((x * x).mean(-1, keepdims=True) + EPS) * wide(w)
-
-
-def random(dtype: str, *shape: int, scale: float = 1.0, seed: int = 0) -> np.ndarray:
-    values = np.random.default_rng(seed).standard_normal(shape) * scale
-    return values.astype(DTYPES[dtype][0])
-
-
-def assert_close(actual: np.ndarray, expected: np.ndarray, dtype: str) -> None:
-    numpy_dtype, tolerance = DTYPES[dtype]
-    assert actual.dtype == numpy_dtype
-    np.testing.assert_allclose(wide(actual), expected, rtol=tolerance, atol=tolerance * 1e-2)
 
 
 # 0 rows: an empty batch is legal. 300 rows of 256 take the parallel branch.

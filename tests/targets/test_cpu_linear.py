@@ -9,17 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 import tvm
+from linear_reference import LinearCase, linear_spec, random_weight
 from tvm import relax
 
-from mlc_compile.quantization.scheme import SCHEMES, QuantScheme, numpy_dtype
+from mlc_compile.quantization.scheme import SCHEMES, numpy_dtype
 from mlc_compile.targets.cpu_kernels._packed import fields, raw_fields
 from mlc_compile.targets.cpu_kernels.embedding import embedding_kernel
 from mlc_compile.targets.cpu_kernels.linear import linear_kernel
 from mlc_compile.targets.kernels import EmbeddingSpec, LinearSpec
 
 PACKED = [name for name, scheme in SCHEMES.items() if not scheme.is_plain]
-# Error over sum(|x| |w|): rounding of the sums in float32, then of the output.
-TOLERANCE = {"float32": 5e-7, "float16": 6e-4, "bfloat16": 5e-3}
 
 
 @lru_cache
@@ -34,64 +33,16 @@ def compiled(func: tvm.tirx.PrimFunc, target: tvm.target.Target | None = None) -
     return tvm.compile(module, target or host_target())
 
 
-def random_weight(
-    n: int, k: int, scheme: QuantScheme, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(q_weight, q_scale, exact float64 weight), packed independently of the package."""
-    groups, per_word = scheme.num_groups(k), scheme.elems_per_word
-    # All codes of the format and, as the padding past K is not promised to be zero, noise there.
-    q = rng.integers(0, 2 * scheme.max_int + 1, (n, groups * scheme.group_size), dtype=np.uint32)
-    scale = rng.uniform(0.1, 1.0, (n, groups)).astype(numpy_dtype(scheme.model_dtype))
-    scale[0, 0] = 0
-    exact = (q.astype(np.float64) - scheme.max_int).reshape(n, groups, -1)
-    exact = (exact * scale.astype(np.float64)[:, :, None]).reshape(n, -1)[:, :k]
-    words = np.zeros((n, scheme.num_words(k)), np.uint32)
-    for i in range(per_word):
-        words |= q[:, i::per_word] << np.uint32(i * scheme.bits)
-    if scheme.layout == "KN":
-        words, scale = np.ascontiguousarray(words.T), np.ascontiguousarray(scale.T)
-    return words, scale, exact
-
-
 def check(spec: LinearSpec, *, rows: tuple[int, ...], vector_bits: int, num_cores: int = 2) -> None:
     """Compile `spec` and compare with numpy for each number of rows."""
-    rng = np.random.default_rng(spec.out_features * 1009 + spec.in_features)
-    n, k = spec.out_features, spec.in_features
-    if spec.scheme is None:
-        assert spec.weight_dtype is not None
-        plain = rng.standard_normal((n, k)).astype(numpy_dtype(spec.weight_dtype))
-        weight, exact = [plain], plain.astype(np.float64)
-    else:
-        *weight, exact = random_weight(n, k, spec.scheme, rng)
-    bias = rng.standard_normal(n).astype(numpy_dtype(spec.bias_dtype or spec.x_dtype))
+    case = LinearCase.random(spec)
     func = linear_kernel(spec, vector_bits=vector_bits, num_cores=num_cores)
     kernel = compiled(func).jit()["main"]
     for count in rows:
-        # A mean away from zero: sums of the raw codes would cancel here.
-        x = (rng.standard_normal((count, k)) + 1.0).astype(numpy_dtype(spec.x_dtype))
-        wide = x.astype(np.float64)
-        expected = wide @ exact.T
-        magnitude = np.abs(wide) @ np.abs(exact).T
-        arguments = [x, *weight]
-        if spec.has_bias:
-            arguments.append(bias)
-            expected = expected + bias.astype(np.float64)
-            magnitude = magnitude + np.abs(bias.astype(np.float64))
-        # Poison: every element must be written.
-        out = tvm.runtime.tensor(np.full((count, n), 7e3, numpy_dtype(spec.out_dtype)))
+        arguments = case.inputs(count)
+        out = tvm.runtime.tensor(case.poisoned(count))
         kernel(*(tvm.runtime.tensor(a) for a in arguments), out)
-        error = np.abs(out.numpy().astype(np.float64) - expected) / (magnitude + 1e-6)
-        assert error.max() < TOLERANCE[spec.out_dtype], (spec, count, error.max())
-
-
-def linear_spec(name: str, n: int, k: int, **options: Any) -> LinearSpec:
-    """A spec of scheme `name`, activations and output in its model dtype unless told otherwise."""
-    scheme = SCHEMES[name]
-    dtype = scheme.model_dtype
-    options = {"x_dtype": dtype, "out_dtype": dtype, **options}
-    if scheme.is_plain:
-        return LinearSpec(k, n, None, weight_dtype=dtype, **options)
-    return LinearSpec(k, n, scheme, **options)
+        case.check(arguments[0], out.numpy(), count)
 
 
 # One row, and more rows than one panel with each kind of remainder (8 a panel at 512 bits).

@@ -10,6 +10,19 @@ from typing import Any
 import numpy as np
 import pytest
 import tvm
+from sampling_reference import (
+    FIRST_CHILD,
+    LOWEST,
+    NEXT_SIBLING,
+    inverse_cdf,
+    nucleus,
+    random_probs,
+    reference_bitmask,
+    reference_penalties,
+    reference_softmax,
+    reference_verify,
+    sort,
+)
 from tvm import relax, tirx
 
 from mlc_compile.nn.sampling import SAMPLING_FUNCTIONS, attach_sampling
@@ -20,7 +33,6 @@ from mlc_compile.targets.cpu_kernels import elementwise, sampling
 # are SmolLM2's and Qwen2.5's.
 VOCABULARIES = {1: 1, 7: 5, 4099: 4001, 49152: 49152, 152064: 151669}
 TARGET = tvm.target.Target({"kind": "llvm", "mcpu": "x86-64-v3"})
-LOWEST = np.finfo(np.float32).min
 
 
 @pytest.fixture(scope="module")
@@ -55,17 +67,6 @@ def call(vm: relax.VirtualMachine, name: str, *arrays: np.ndarray) -> list[np.nd
     return [result.numpy()] if hasattr(result, "numpy") else [r.numpy() for r in result]
 
 
-def random_probs(vocab: int, batch: int, seed: int = 0, scale: float = 3.0) -> np.ndarray:
-    logits = np.random.default_rng(seed).standard_normal((batch, vocab)) * scale
-    e = np.exp(logits - logits.max(-1, keepdims=True))
-    return (e / e.sum(-1, keepdims=True)).astype(np.float32)
-
-
-def sort(probs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    order = np.argsort(-probs, axis=-1, kind="stable").astype(np.int32)
-    return np.take_along_axis(probs, order, -1), order
-
-
 def test_every_function_of_the_abi_is_exported(library: Any) -> None:
     vm = library(7)
     for name in SAMPLING_FUNCTIONS:
@@ -73,18 +74,6 @@ def test_every_function_of_the_abi_is_exported(library: Any) -> None:
 
 
 # --- softmax_with_temperature
-
-
-def reference_softmax(logits: np.ndarray, temperature: np.ndarray, active: int) -> np.ndarray:
-    out = np.zeros(logits.shape, np.float64)
-    for i, t in enumerate(temperature.astype(np.float64)):
-        x = logits[i, 0, :active].astype(np.float64)
-        if t <= 1e-5:
-            out[i, 0, x.argmax()] = 1
-            continue
-        e = np.exp((x - x.max()) / t)
-        out[i, 0, :active] = e / e.sum()
-    return out
 
 
 def test_softmax(library: Any, vocab: int) -> None:
@@ -151,11 +140,7 @@ def test_penalties(library: Any, vocab: int) -> None:
     tokens = np.concatenate([rng.permutation(vocab)[:per_sequence] for _ in seq_ids])
     position = np.repeat(np.arange(2), per_sequence)
     count = rng.integers(1, 5, len(tokens))
-    expected = logits.astype(np.float64)
-    for p, t, c in zip(position, tokens, count, strict=True):
-        presence, frequency, repetition = penalties[p].astype(np.float64)
-        x = expected[seq_ids[p], t] - presence - c * frequency
-        expected[seq_ids[p], t] = x * repetition if x < 0 else x / repetition
+    expected = reference_penalties(logits, seq_ids, position, tokens, count, penalties)
     arguments = [a.astype(np.int32) for a in (seq_ids, position, tokens, count)]
     out = call(library(vocab), "apply_penalty_inplace", logits, *arguments, penalties)[0]
     np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-6)
@@ -169,9 +154,7 @@ def test_bitmask(library: Any, vocab: int) -> None:
     bitmask = rng.integers(-(2**31), 2**31, (4, words), np.int64).astype(np.int32)
     bitmask[2, ::2] = -1
     seq_ids = np.int32([2, 0, 3])
-    bits = np.unpackbits(bitmask.view(np.uint8), axis=1, bitorder="little")[:, :vocab]
-    expected = logits.copy()
-    expected[seq_ids] = np.where(bits[seq_ids] == 1, logits[seq_ids], LOWEST)
+    expected = reference_bitmask(logits, seq_ids, bitmask)
     out = call(library(vocab), "apply_bitmask_inplace", logits, seq_ids, bitmask)[0]
     np.testing.assert_array_equal(out, expected)
 
@@ -220,20 +203,6 @@ def test_argsort_orders_any_float(library: Any) -> None:
 
 
 # --- sampling
-
-
-def nucleus(sorted_row: np.ndarray, top_p: float) -> int:
-    """Tokens in the shortest prefix whose mass reaches top_p."""
-    if top_p >= 1:
-        return len(sorted_row)
-    cumulative = np.cumsum(sorted_row.astype(np.float64))
-    return min(int(np.searchsorted(cumulative, top_p)) + 1, len(sorted_row))
-
-
-def inverse_cdf(weights: np.ndarray, u: float) -> int:
-    """First index whose cumulative sum exceeds u times the total."""
-    cumulative = np.cumsum(weights.astype(np.float64))
-    return int(np.searchsorted(cumulative, u * cumulative[-1], side="right"))
 
 
 @pytest.mark.parametrize("top_p", [0.0, 1e-6, 0.3, 0.9, 0.999, 1.0])
@@ -329,38 +298,6 @@ def test_renormalize_keeps_all_of_a_tie(library: Any) -> None:
 
 
 # --- speculative decoding
-
-
-def reference_verify(
-    draft: np.ndarray,
-    tokens: np.ndarray,
-    model: np.ndarray,
-    first_child: np.ndarray,
-    next_sibling: np.ndarray,
-    uniform: np.ndarray,
-    parent_ptr: np.ndarray,
-) -> tuple[np.ndarray, np.ndarray]:
-    model, parent_ptr = model.astype(np.float64), parent_ptr.copy()
-    for b, root in enumerate(parent_ptr):
-        parent, child = root, first_child[root]
-        while child != -1:
-            token = tokens[child]
-            accepted = model[parent, token] >= uniform[child] * draft[child, token]
-            if not accepted:
-                rest = np.maximum(model[parent] - draft[child], 0)
-                accepted = rest.sum() < 1e-7
-            if accepted:
-                parent, child = child, first_child[child]
-            else:
-                model[parent] = rest / rest.sum()
-                child = next_sibling[child]
-        parent_ptr[b] = parent
-    return model, parent_ptr
-
-
-# Two trees of six nodes: root with children 1, 2, 3; 4 and 5 under 1.
-FIRST_CHILD = np.int32([1, 4, -1, -1, -1, -1, 7, 10, -1, -1, -1, -1])
-NEXT_SIBLING = np.int32([-1, 2, 3, -1, 5, -1, -1, 8, 9, -1, 11, -1])
 
 
 @pytest.mark.parametrize("size", [7, 4099])

@@ -1,0 +1,1 @@
+"""Libraries for Apple's platforms, written and checked without Apple's tools."""

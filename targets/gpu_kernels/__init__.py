@@ -1,0 +1,1 @@
+"""GPU kernels in portable TIR: no lock-step threads, no vendor's extension."""

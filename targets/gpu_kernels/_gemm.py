@@ -1,0 +1,345 @@
+"""Many rows of x times a packed or plain weight: a tiled product, for prefill.
+
+A group computes a tile of `tile_m` rows by `tile_n` columns, `depth` elements of K at a time: both
+operands go to group memory as float32, the weight dequantised, laid out so that a thread reads
+vectors of four rows and of four columns; it keeps `thread_m` x `thread_n` sums in registers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from tvm import tirx
+
+from mlc_compile.quantization.scheme import QuantScheme
+from mlc_compile.targets.gpu_kernels._emit import (
+    F32,
+    Buffer,
+    Expr,
+    barrier,
+    bind,
+    cast,
+    f32,
+    groups,
+    i32,
+    launch,
+    load,
+    load_f32,
+    loop,
+    registers,
+    shared,
+    store,
+    store_float,
+    when,
+)
+from mlc_compile.targets.gpu_kernels._gemv import Operands
+from mlc_compile.targets.gpu_kernels._packed import (
+    as_f32,
+    concat,
+    field_at,
+    lane,
+    lanes_of,
+    splat,
+    vector,
+    view,
+    widest,
+)
+from mlc_compile.targets.gpu_kernels.device import GPUDevice
+
+QUAD = 4  # rows or columns of a vector in group memory
+F32X4 = vector(F32, QUAD)
+
+
+@dataclass(frozen=True)
+class GemmConfig:
+    """How the product is cut; all multiples of 4.
+
+    tile_m, tile_n: rows of x and of the weight of one group; depth: of K in one turn (packed
+    weights: whole words). thread_m, thread_n: sums of one thread.
+    """
+
+    tile_m: int = 64
+    tile_n: int = 64
+    depth: int = 16
+    thread_m: int = 8
+    thread_n: int = 8
+
+    @property
+    def threads(self) -> int:
+        return (self.tile_m // self.thread_m) * (self.tile_n // self.thread_n)
+
+    @property
+    def shared_bytes(self) -> int:
+        return 4 * self.depth * (self.tile_m + self.tile_n)
+
+    @property
+    def label(self) -> str:
+        """A short name, for tables."""
+        return f"{self.tile_m}x{self.tile_n}x{self.depth}_{self.thread_m}x{self.thread_n}"
+
+
+class _Loader:
+    """Shares `count` items of a tile out among the threads of a group."""
+
+    def __init__(self, tx: Expr, threads: int) -> None:
+        self.tx, self.threads = tx, threads
+
+    def each(self, count: int) -> list[tuple[Expr, Expr | None]]:
+        """(item, whether it exists) for each turn of this thread."""
+        found = []
+        for start in range(0, count, self.threads):
+            item = self.tx if start == 0 else bind(self.tx + i32(start))
+            partial = start + self.threads > count
+            found.append((item, item < i32(count) if partial else None))
+        return found
+
+
+def gemm(operands: Operands, scheme: QuantScheme | None, config: GemmConfig) -> None:
+    """One launch; grid x goes over the columns, so that groups in flight share rows of x."""
+    n, k, out = operands.n, operands.k, operands.out
+    tile_m, tile_n, depth = config.tile_m, config.tile_n, config.depth
+    quads_m, quads_n = tile_m // QUAD, tile_n // QUAD
+    across, down = tile_n // config.thread_n, tile_m // config.thread_m
+    x = _KMajor(operands.x, operands.n_rows, k)
+    weight = _KMajor(operands.weight[0], n, k) if scheme is None else _Packed(operands, scheme)
+    out_lanes = widest(n)
+    out_view = view(out, (operands.n_rows, n // out_lanes), out_lanes)
+    with launch(config.threads, groups(n, tile_n), groups(operands.n_rows, tile_m)) as (tx, bx, by):
+        row0, column0 = bind(by * i32(tile_m)), bind(bx * i32(tile_n))
+        thread_n = bind(tirx.truncmod(tx, i32(across)))
+        thread_m = bind(tirx.truncdiv(tx, i32(across)))
+        a = shared([depth * quads_m], F32X4)
+        b = shared([depth * quads_n], F32X4)
+        chunks_m, chunks_n = config.thread_m // QUAD, config.thread_n // QUAD
+        sums = registers(config.thread_m * chunks_n, F32X4)
+        for i in range(config.thread_m * chunks_n):
+            store(sums, [i], splat(f32(0.0), QUAD))
+        loader = _Loader(tx, config.threads)
+        with loop(-(-k // depth)) as turn:
+            k0 = bind(turn * i32(depth))
+            x.fill(a, loader, row0, k0, tile_m, depth)
+            weight.fill(b, loader, column0, k0, tile_n, depth)
+            barrier()
+            with loop(depth) as kk:
+                av = [
+                    bind(load(a, kk * i32(quads_m) + thread_m + i32(c * down)))
+                    for c in range(chunks_m)
+                ]
+                bv = [
+                    bind(load(b, kk * i32(quads_n) + thread_n + i32(c * across)))
+                    for c in range(chunks_n)
+                ]
+                for i in range(config.thread_m):
+                    ai = splat(lane(av[i // QUAD], i % QUAD), QUAD)
+                    for c in range(chunks_n):
+                        at = i * chunks_n + c
+                        store(sums, [at], load(sums, at) + ai * bv[c])
+            barrier()
+        for i in range(config.thread_m):
+            row = bind(row0 + (thread_m + i32(i // QUAD * down)) * i32(QUAD) + i32(i % QUAD))
+            for c in range(chunks_n):
+                column = bind(column0 + (thread_n + i32(c * across)) * i32(QUAD))
+                total = bind(load(sums, i * chunks_n + c))
+                _store_quad(operands, out_view, row, column, total)
+
+
+def _store_quad(operands: Operands, out: Buffer, row: Expr, column: Expr, total: Expr) -> None:
+    """out[row, column .. column + 3] = total + bias, as far as they exist."""
+    n, bias = operands.n, operands.bias
+    lanes = out.dtype.lanes if hasattr(out.dtype, "lanes") else 1
+    if lanes == QUAD:
+        with when(tirx.all(row < operands.n_rows, column < i32(n))):
+            if bias is not None:
+                offsets = [load_f32(bias, column + i32(j)) for j in range(QUAD)]
+                total = total + concat(offsets)
+            dtype = vector(str(operands.out.dtype), QUAD)
+            store(out, [row, tirx.truncdiv(column, i32(QUAD))], cast(total, dtype))
+        return
+    for j in range(QUAD):
+        at = bind(column + i32(j))
+        with when(tirx.all(row < operands.n_rows, at < i32(n))):
+            value = lane(total, j)
+            if bias is not None:
+                value = value + load_f32(bias, at)
+            store_float(operands.out, [row, at], value)
+
+
+class _KMajor:
+    """A matrix [rows, k] of floats, contiguous along k."""
+
+    def __init__(self, buffer: Buffer, rows: Expr | int, k: int) -> None:
+        self.rows, self.k = rows, k
+        self.lanes = widest(k)
+        self._vectors = view(buffer, (rows, k // self.lanes), self.lanes)
+
+    def _quad(self, row: Expr, k0: Expr, guarded: bool) -> list[Expr]:
+        """Elements k0 .. k0 + 3 as float32, zero beyond k."""
+        found = []
+        for j in range(0, QUAD, self.lanes):
+            index = bind(tirx.truncdiv(k0, i32(self.lanes)) + i32(j // self.lanes))
+            value = as_f32(load(self._vectors, row, index))
+            if guarded:
+                zero = splat(f32(0.0), self.lanes)
+                value = tirx.if_then_else(index < i32(self.k // self.lanes), value, zero)
+            found += lanes_of(bind(value))
+        return found
+
+    def fill(
+        self, tile: Buffer, loader: _Loader, row0: Expr, k0: Expr, rows: int, depth: int
+    ) -> None:
+        """tile[kk, quad] = the four rows row0 + 4 quad .. of column k0 + kk; rows beyond the last
+        repeat it."""
+        across, quads = depth // QUAD, rows // QUAD
+        last = self.rows - 1 if isinstance(self.rows, int) else self.rows - i32(1)
+        for item, exists in loader.each(across * quads):
+            _guarded(
+                exists, lambda item=item: self._fill(tile, item, row0, k0, across, quads, last)
+            )
+
+    def _fill(
+        self,
+        tile: Buffer,
+        item: Expr,
+        row0: Expr,
+        k0: Expr,
+        across: int,
+        quads: int,
+        last: Expr | int,
+    ) -> None:
+        depth = across * QUAD
+        kq, quad = bind(tirx.truncmod(item, i32(across))), bind(tirx.truncdiv(item, i32(across)))
+        at = bind(k0 + kq * i32(QUAD))
+        bound = i32(last) if isinstance(last, int) else last
+        rows = [
+            self._quad(
+                bind(tirx.min(row0 + quad * i32(QUAD) + i32(r), bound)), at, self.k % depth != 0
+            )
+            for r in range(QUAD)
+        ]
+        for j in range(QUAD):
+            value = concat([row[j] for row in rows])
+            store(tile, [(kq * i32(QUAD) + i32(j)) * i32(quads) + quad], value)
+
+
+class _Packed:
+    """A packed weight, dequantised on its way to group memory."""
+
+    def __init__(self, operands: Operands, scheme: QuantScheme) -> None:
+        self.scheme, self.n, self.k = scheme, operands.n, operands.k
+        self.kn = scheme.layout == "KN"
+        words, scales = operands.weight
+        self.lanes = widest(self.n) if self.kn else 1
+        if self.kn:
+            columns = self.n // self.lanes
+            words = view(words, (scheme.num_words(self.k), columns), self.lanes)
+            scales = view(scales, (scheme.num_groups(self.k), columns), self.lanes)
+        self._words, self._scales = words, scales
+
+    def fill(
+        self, tile: Buffer, loader: _Loader, column0: Expr, k0: Expr, columns: int, depth: int
+    ) -> None:
+        """tile[kk, quad] = the weights of columns column0 + 4 quad .. at k0 + kk."""
+        scheme = self.scheme
+        words, quads = depth // scheme.elems_per_word, columns // QUAD
+        parts = 1
+        for count in range(1, scheme.elems_per_word + 1):
+            if scheme.elems_per_word % count == 0 and words * quads * count <= loader.threads:
+                parts = count
+        for item, exists in loader.each(words * quads * parts):
+            _guarded(
+                exists,
+                lambda item=item: self._fill(tile, item, column0, k0, words, quads, parts),
+            )
+
+    def _fill(
+        self,
+        tile: Buffer,
+        item: Expr,
+        column0: Expr,
+        k0: Expr,
+        words: int,
+        quads: int,
+        parts: int,
+    ) -> None:
+        """A thread takes one word of each of four columns, or the same part of each."""
+        scheme = self.scheme
+        per_word, per_part = scheme.elems_per_word, scheme.elems_per_word // parts
+        part = bind(tirx.truncmod(item, i32(parts)))
+        item = bind(tirx.truncdiv(item, i32(parts)))
+        if self.kn:  # neighbours read neighbouring columns
+            quad, word = tirx.truncmod(item, i32(quads)), tirx.truncdiv(item, i32(quads))
+        else:
+            word, quad = tirx.truncmod(item, i32(words)), tirx.truncdiv(item, i32(words))
+        word, quad = bind(word), bind(quad)
+        last_word = scheme.num_words(self.k) - 1
+        index = bind(tirx.truncdiv(k0, i32(per_word)) + word)
+        if scheme.num_words(self.k) % words:
+            index = bind(tirx.min(index, i32(last_word)))  # x is zero there
+        group = bind(tirx.truncdiv(index, i32(scheme.words_per_group)))
+        loaded, scale = self._load(bind(column0 + quad * i32(QUAD)), index, group)
+        first = bind(part * i32(per_part))
+        for e in range(per_part):
+            position = bind(cast((first + i32(e)) * i32(scheme.bits), "uint32"))
+            values = [field_at(w, position, scheme) * s for w, s in zip(loaded, scale, strict=True)]
+            at = (word * i32(per_word) + first + i32(e)) * i32(quads) + quad
+            store(tile, [at], concat(values))
+
+    def _load(self, column: Expr, word: Expr, group: Expr) -> tuple[Sequence[Expr], Sequence[Expr]]:
+        """Words and scales of four columns; columns beyond the last repeat it."""
+        if not self.kn:
+            rows = [bind(tirx.min(column + i32(j), i32(self.n - 1))) for j in range(QUAD)]
+            return (
+                [bind(load(self._words, row, word)) for row in rows],
+                [bind(load_f32(self._scales, row, group)) for row in rows],
+            )
+        words, scales = [], []
+        for j in range(0, QUAD, self.lanes):
+            at = bind(
+                tirx.truncdiv(tirx.min(column + i32(j), i32(self.n - self.lanes)), i32(self.lanes))
+            )
+            words += lanes_of(bind(load(self._words, word, at)))
+            scales += lanes_of(bind(as_f32(load(self._scales, group, at))))
+        return words, scales
+
+
+def _guarded(condition: Expr | None, emit: object) -> None:
+    assert callable(emit)
+    if condition is None:
+        emit()
+        return
+    with when(condition):
+        emit()
+
+
+def _with_depth(config: GemmConfig, scheme: QuantScheme | None) -> GemmConfig:
+    """`config` with a depth of whole words and quads."""
+    unit = QUAD if scheme is None else max(scheme.elems_per_word, QUAD)
+    while unit % QUAD:
+        unit *= 2
+    return replace(config, depth=max(config.depth // unit, 1) * unit)
+
+
+def choose(n: int, k: int, scheme: QuantScheme | None, device: GPUDevice) -> GemmConfig:
+    """The configuration for a weight [n, k]."""
+    return fit(GemmConfig(), scheme, device)
+
+
+def fit(config: GemmConfig, scheme: QuantScheme | None, device: GPUDevice) -> GemmConfig:
+    """`config` within the limits of `device`, with a depth of whole words."""
+    config = _with_depth(config, scheme)
+    while config.threads > device.max_threads:
+        config = _halved(config)
+    while config.shared_bytes > device.shared_bytes:
+        shallower = _with_depth(replace(config, depth=config.depth // 2), scheme)
+        config = shallower if shallower.depth < config.depth else _halved(config)
+    return config
+
+
+def _halved(config: GemmConfig) -> GemmConfig:
+    """Half the longer side of the tile, and of a thread's share where that is all of it."""
+    if config.tile_n >= config.tile_m:
+        tile = config.tile_n // 2
+        return replace(config, tile_n=tile, thread_n=min(config.thread_n, tile))
+    tile = config.tile_m // 2
+    return replace(config, tile_m=tile, thread_m=min(config.thread_m, tile))

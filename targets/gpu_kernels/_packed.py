@@ -1,0 +1,156 @@
+"""Vector views of buffers, and the fields of packed words as float32, in TIR.
+
+- A parameter is declared with scalars, as the model library passes it; a kernel reads it through a
+  pointer to vectors (`view`), which becomes `array<vec4<u32>>` in WGSL: one access of 16 bytes.
+  TVM's own vector loads of a scalar array come out as four scalar accesses there.
+- Group quantisation (quantization/group.py) is linear in the codes: over one group,
+  sum (q - M) s x = s (sum q x - M sum x), with M sum x shared by all rows that meet the same x.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import tvm
+from tvm import tirx
+from tvm.tirx.script.builder import ir as T
+
+from mlc_compile.quantization.scheme import QuantScheme
+from mlc_compile.targets.gpu_kernels._emit import (
+    F32,
+    Buffer,
+    Expr,
+    bind,
+    cast,
+    f32,
+    i32,
+    load,
+    u32,
+)
+
+Decode = Literal["bytes", "mantissa"]
+"""How a field becomes a float32: a conversion of its (masked) byte, or as the top bits of the
+mantissa of a number in [1, 2), which needs no conversion instruction."""
+
+MANTISSA_BITS = 23
+ONE_BITS = 0x3F800000  # 1.0
+
+
+def vector(dtype: str, lanes: int) -> str:
+    return dtype if lanes == 1 else f"{dtype}x{lanes}"
+
+
+def view(buffer: Buffer, shape: Sequence[Expr | int], lanes: int) -> Buffer:
+    """`buffer` as `shape` vectors of `lanes` elements; to be called outside of launches.
+
+    The memory must start at a multiple of the vector's size, as storage bindings do.
+    """
+    if lanes == 1:
+        return buffer
+    dtype = vector(str(buffer.dtype), lanes)
+    pointer = tvm.ir.PointerType(tvm.ir.PrimType(dtype), "global")
+    # A plain alias would keep the pointer's type; a `reinterpret` survives until the kernel's
+    # parameters are typed, and costs nothing.
+    data = tirx.Var(f"{buffer.name}_x{lanes}", pointer)
+    T.Bind(tirx.call_intrin(pointer, "tirx.reinterpret", buffer.data), var=data)
+    full = [i32(s) if isinstance(s, int) else s for s in shape]
+    return T.decl_buffer(full, dtype, data=data, layout=None)
+
+
+def widest(*counts: int, most: int = 4) -> int:
+    """The largest vector (4, 2 or 1 lanes) that divides all counts."""
+    lanes = most
+    while any(c % lanes for c in counts):
+        lanes //= 2
+    return lanes
+
+
+def lane(value: Expr, i: int) -> Expr:
+    """One element of a bound vector (or the scalar itself)."""
+    lanes = value.ty.dtype.lanes
+    return value if lanes == 1 else tirx.Shuffle([value], [i32(i)])
+
+
+def lanes_of(value: Expr) -> list[Expr]:
+    return [lane(value, i) for i in range(value.ty.dtype.lanes)]
+
+
+def concat(values: Sequence[Expr]) -> Expr:
+    """Four scalars as a vector."""
+    return tirx.Shuffle(list(values), [i32(i) for i in range(len(values))])
+
+
+def splat(value: Expr, lanes: int) -> Expr:
+    return value if lanes == 1 else tirx.Broadcast(value, lanes)
+
+
+def as_f32(value: Expr) -> Expr:
+    return cast(value, vector(F32, value.ty.dtype.lanes))
+
+
+def load_or_zero(buffer: Buffer, index: Sequence[Expr], valid: Expr | None) -> Expr:
+    """A vector as float32, zero where `valid` is given and false."""
+    value = as_f32(load(buffer, *index))
+    if valid is None:
+        return value
+    zero = splat(f32(0.0), value.ty.dtype.lanes)
+    return tirx.if_then_else(valid, value, zero)
+
+
+@dataclass(frozen=True)
+class Fields:
+    """The fields of a word as numbers v with q = (v - offset) * factor."""
+
+    values: list[Expr]
+    factor: float
+    offset: float
+
+    def centre(self, scheme: QuantScheme) -> float:
+        """c of sum (q - M) x = factor * (sum v x - c * sum x)."""
+        return self.offset + scheme.max_int / self.factor
+
+
+def fields(word: Expr, scheme: QuantScheme, decode: Decode) -> Fields:
+    """All fields of a bound word, first element first; used once each, or bound by the caller."""
+    bits = scheme.bits
+    if decode == "mantissa":
+        return Fields(
+            [_mantissa(word, bits * i, bits) for i in range(scheme.elems_per_word)],
+            float(1 << bits),
+            1.0,
+        )
+    if bits == 4:  # two masks for eight fields; the bytes of a register convert directly
+        low = bind(tirx.bitwise_and(word, u32(0x0F0F0F0F)))
+        high = bind(tirx.bitwise_and(tirx.shift_right(word, u32(4)), u32(0x0F0F0F0F)))
+        pairs = [(_field(low, 8 * i, 8), _field(high, 8 * i, 8)) for i in range(4)]
+        values = [v for pair in pairs for v in pair]
+    else:
+        values = [_field(word, bits * i, bits) for i in range(scheme.elems_per_word)]
+    return Fields([cast(v, F32) for v in values], 1.0, 0.0)
+
+
+def field_at(word: Expr, position: Expr, scheme: QuantScheme) -> Expr:
+    """q - M, as float32, of the field that starts at bit `position` (uint32)."""
+    q = tirx.bitwise_and(tirx.shift_right(word, position), u32((1 << scheme.bits) - 1))
+    return cast(q, F32) - f32(float(scheme.max_int))
+
+
+def _field(word: Expr, position: int, bits: int) -> Expr:
+    if position:
+        word = tirx.shift_right(word, u32(position))
+    if position + bits == 32:
+        return word
+    return tirx.bitwise_and(word, u32((1 << bits) - 1))
+
+
+def _mantissa(word: Expr, position: int, bits: int) -> Expr:
+    """1 + q / 2**bits."""
+    top = MANTISSA_BITS - bits
+    if position < top:
+        word = tirx.shift_left(word, u32(top - position))
+    elif position > top:
+        word = tirx.shift_right(word, u32(position - top))
+    masked = tirx.bitwise_and(word, u32(((1 << bits) - 1) << top))
+    return tirx.reinterpret(F32, tirx.bitwise_or(masked, u32(ONE_BITS)))

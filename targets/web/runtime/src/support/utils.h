@@ -1,0 +1,1 @@
+/*! Included by sources of the wheel that use nothing of it. */

@@ -1,0 +1,62 @@
+"""GPU kernels in whole models: the libraries of the GPU targets with a host for this machine, on a
+WebGPU adapter and on the emulated Metal device, against transformers."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_architectures import CASES, MORE
+from tiny_models import SIZES, build
+
+from mlc_compile.quantization.scheme import SCHEMES
+from mlc_compile.runtime.verify import verify
+from mlc_compile.targets.profile import TARGETS
+
+# One target for each kind of device that runs kernels here.
+DEVICES = {p.device: name for name, p in reversed(TARGETS.items()) if p.device != "cpu"}
+QUICK = {
+    ("webgpu", "qwen3", "q0f32"),
+    ("webgpu", "llama", "q4f16_1"),
+    ("metal", "llama", "q4f16_1"),
+}
+
+
+def cases() -> list[Any]:
+    """Every architecture and variant in float32; every scheme on one architecture."""
+    found = []
+    for device, name in itertools.product(DEVICES, {**CASES, **MORE}):
+        found.append((device, name, "q0f32"))
+    for device, scheme in itertools.product(DEVICES, SCHEMES):
+        if SCHEMES[scheme].model_dtype in TARGETS[DEVICES[device]].dtypes and scheme != "q0f32":
+            found.append((device, "llama", scheme))
+    return [c if c in QUICK else pytest.param(*c, marks=pytest.mark.slow) for c in found]
+
+
+def test_every_device_is_among_the_quick_cases() -> None:
+    assert {device for device, _, _ in QUICK} == set(DEVICES)
+
+
+@pytest.mark.parametrize(("device", "name", "scheme"), cases())
+def test_library_equals_transformers(
+    device: str,
+    name: str,
+    scheme: str,
+    checkpoint: Callable[..., Path],
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+) -> None:
+    if device == "webgpu":
+        request.getfixturevalue("webgpu")
+    model_type, changes, sizes, skipped = {**CASES, **MORE}[name]
+    source = checkpoint(model_type, **changes)
+    built = build(source, scheme, tmp_path, sizes or SIZES, target=DEVICES[device])
+    report = verify(built.directory, built.library, source, decode_steps=24)
+    print(report.to_text())
+    assert report.failures == []
+    assert {s.name for s in report.scenarios if s.skipped} == skipped
+    worst = max(s.worst("nmse") for s in report.scenarios)
+    assert worst < {"float32": 1e-9, "float16": 1e-3}[SCHEMES[scheme].model_dtype]

@@ -1,0 +1,92 @@
+"""Random matmul operands and their exact product: what every target's kernels are compared with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mlc_compile.quantization.scheme import SCHEMES, QuantScheme, numpy_dtype
+from mlc_compile.targets.kernels import LinearSpec
+
+# Error over sum(|x| |w|): rounding of the sums in float32, then of the output.
+TOLERANCE = {"float32": 5e-7, "float16": 6e-4, "bfloat16": 5e-3}
+
+
+def linear_spec(name: str, n: int, k: int, **options: Any) -> LinearSpec:
+    """A spec of scheme `name`, activations and output in its model dtype unless told otherwise."""
+    scheme = SCHEMES[name]
+    dtype = scheme.model_dtype
+    options = {"x_dtype": dtype, "out_dtype": dtype, **options}
+    if scheme.is_plain:
+        return LinearSpec(k, n, None, weight_dtype=dtype, **options)
+    return LinearSpec(k, n, scheme, **options)
+
+
+def random_weight(
+    n: int, k: int, scheme: QuantScheme, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(q_weight, q_scale, exact float64 weight), packed independently of the package."""
+    groups, per_word = scheme.num_groups(k), scheme.elems_per_word
+    # All codes of the format and, as the padding past K is not promised to be zero, noise there.
+    q = rng.integers(0, 2 * scheme.max_int + 1, (n, groups * scheme.group_size), dtype=np.uint32)
+    scale = rng.uniform(0.1, 1.0, (n, groups)).astype(numpy_dtype(scheme.model_dtype))
+    scale[0, 0] = 0
+    exact = (q.astype(np.float64) - scheme.max_int).reshape(n, groups, -1)
+    exact = (exact * scale.astype(np.float64)[:, :, None]).reshape(n, -1)[:, :k]
+    words = np.zeros((n, scheme.num_words(k)), np.uint32)
+    for i in range(per_word):
+        words |= q[:, i::per_word] << np.uint32(i * scheme.bits)
+    if scheme.layout == "KN":
+        words, scale = np.ascontiguousarray(words.T), np.ascontiguousarray(scale.T)
+    return words, scale, exact
+
+
+@dataclass
+class LinearCase:
+    """A weight (and bias) for one spec, and the exact product of any x with it."""
+
+    spec: LinearSpec
+    weight: list[np.ndarray]
+    exact: np.ndarray
+    bias: np.ndarray
+    rng: np.random.Generator
+
+    @classmethod
+    def random(cls, spec: LinearSpec, seed: int = 0) -> LinearCase:
+        n, k = spec.out_features, spec.in_features
+        rng = np.random.default_rng(n * 1009 + k + seed)
+        if spec.scheme is None:
+            assert spec.weight_dtype is not None
+            plain = rng.standard_normal((n, k)).astype(numpy_dtype(spec.weight_dtype))
+            weight, exact = [plain], plain.astype(np.float64)
+        else:
+            *weight, exact = random_weight(n, k, spec.scheme, rng)
+        bias = rng.standard_normal(n).astype(numpy_dtype(spec.bias_dtype or spec.x_dtype))
+        return cls(spec, weight, exact, bias, rng)
+
+    def inputs(self, rows: int) -> list[np.ndarray]:
+        """x [rows, K] and the other inputs of the kernel, in argument order."""
+        # A mean away from zero: sums of the raw codes would cancel here.
+        x = (self.rng.standard_normal((rows, self.spec.in_features)) + 1.0).astype(
+            numpy_dtype(self.spec.x_dtype)
+        )
+        return [x, *self.weight, *([self.bias] if self.spec.has_bias else [])]
+
+    def poisoned(self, rows: int) -> np.ndarray:
+        """An output of which every element must be written."""
+        shape = (rows, self.spec.out_features)
+        return np.full(shape, 7e3, numpy_dtype(self.spec.out_dtype))
+
+    def check(self, x: np.ndarray, out: np.ndarray, *context: Any) -> None:
+        """Fails unless `out` is the product for `x`, within TOLERANCE."""
+        wide = x.astype(np.float64)
+        expected = wide @ self.exact.T
+        magnitude = np.abs(wide) @ np.abs(self.exact).T
+        if self.spec.has_bias:
+            expected = expected + self.bias.astype(np.float64)
+            magnitude = magnitude + np.abs(self.bias.astype(np.float64))
+        error = np.abs(out.astype(np.float64) - expected) / (magnitude + 1e-6)
+        # NaN compares false.
+        assert error.max() < TOLERANCE[self.spec.out_dtype], (self.spec, *context, error.max())

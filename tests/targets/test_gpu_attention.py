@@ -1,0 +1,524 @@
+"""The GPU attention kernels against float64 numpy, one by one and through the runtime's own cache.
+
+One by one: outputs are poisoned before, slots that no sequence owns hold NaN, page numbers are
+shuffled, and small int32 arrays are views at odd offsets into one buffer, as on CUDA.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from functools import cache, partial
+from typing import Any
+
+import attention_cache as scenarios
+import gpu_library
+import numpy as np
+import pytest
+from attention_cache import DTYPES, Backend, Cache, frequencies
+
+from mlc_compile.errors import InputError
+from mlc_compile.targets.gpu_kernels.attention import gpu_kv_cache_kernels
+from mlc_compile.targets.gpu_kernels.device import WEBGPU, GPUDevice
+from mlc_compile.targets.kv_cache import KVCacheSpec
+
+pytestmark = pytest.mark.usefixtures("webgpu")
+
+# WGSL's exp2 and log2 may be wrong in the last three bits, and llvmpipe's are.
+BACKEND = Backend(
+    partial(gpu_kv_cache_kernels, device=WEBGPU), gpu_library.TARGET, "webgpu", slack=4
+)
+TOLERANCE = {"float32": 2e-5, "float16": 2e-3}
+
+gpu_cache = partial(Cache, BACKEND)
+
+# query heads, KV heads, head size, dtype; the second has no multiple of 16 dimensions
+SHAPES = [(9, 3, 64, "float32"), (4, 1, 40, "float16")]
+MORE_SHAPES = [
+    (14, 2, 128, "float16"),
+    (4, 1, 80, "float32"),
+    (2, 2, 32, "float16"),
+    (24, 1, 32, "float32"),
+    (71, 1, 64, "float16"),
+    (7, 1, 96, "float16"),
+    (16, 2, 96, "float32"),
+    (8, 8, 128, "float32"),
+    (24, 1, 128, "float16"),
+    (2, 2, 256, "float16"),
+    (16, 2, 256, "float32"),
+]
+
+
+def slow(*cases: Any) -> list[Any]:
+    return [pytest.param(case, marks=pytest.mark.slow) for case in cases]
+
+
+every_shape = pytest.mark.parametrize("shape", SHAPES + slow(*MORE_SHAPES), ids=str)
+
+
+def numbers(shape: tuple[int, int, int, str], **more: Any) -> KVCacheSpec:
+    q, kv, d, dtype = shape
+    return KVCacheSpec(2, q, kv, d, dtype, tuple(frequencies(d).tolist()), **more)
+
+
+@cache
+def kernels(spec: KVCacheSpec) -> dict[str, Any]:
+    made = gpu_kv_cache_kernels(spec, device=WEBGPU)
+    named = {f.name: getattr(made, f.name) for f in fields(made)}
+    return {name: kernel for name, kernel in named.items() if kernel is not None}
+
+
+@cache
+def run(spec: KVCacheSpec, name: str) -> Any:
+    """A kernel as the device runs it."""
+    return gpu_library.loaded(gpu_library.build({name: kernels(spec)[name]}))[name]
+
+
+class Views:
+    """int32 arrays that lie one behind the other in one buffer."""
+
+    def __init__(self) -> None:
+        self.arrays: list[np.ndarray] = []
+
+    def __call__(self, array: Any) -> int:
+        self.arrays.append(np.asarray(array, np.int32))
+        return len(self.arrays) - 1
+
+    def tensors(self) -> list[Any]:
+        parts, starts, at = [], [], 0
+        for i, array in enumerate(self.arrays):
+            gap = np.full(3 + i % 4, -(10**6), np.int32)
+            parts += [gap, array.ravel()]
+            starts.append(4 * (at + len(gap)))
+            at += len(gap) + array.size
+        whole = BACKEND.tensor(np.concatenate([*parts, np.zeros(1, np.int32)]))
+        return [
+            whole._create_view(array.shape, "int32", start)
+            for array, start in zip(self.arrays, starts, strict=True)
+        ]
+
+
+class Call:
+    """Arguments of one kernel call and the numbers to check it with."""
+
+    def __init__(self, spec: KVCacheSpec, seed: int, q_lens: Sequence[int]) -> None:
+        self.spec = spec
+        self.rng = np.random.default_rng(seed)
+        self.q_lens = list(q_lens)
+        rows = sum(q_lens)
+        self.q = self.random(rows, spec.num_qo_heads)
+        self.out = BACKEND.tensor(np.full(self.q.shape, np.nan, self.q.dtype))
+        self.lse = BACKEND.tensor(np.full(self.q.shape[:2], np.nan, np.float32))
+        self.views = Views()
+        self.scale = 0.17
+
+    def random(self, *shape: int) -> np.ndarray:
+        x = self.rng.standard_normal((*shape, self.spec.head_dim))
+        return x.astype(DTYPES[self.spec.dtype])
+
+    def keys(self, lens: Sequence[int]) -> None:
+        self.kv_lens = list(lens)
+        self.k = [self.random(n, self.spec.num_kv_heads) for n in lens]
+        self.v = [self.random(n, self.spec.num_kv_heads) for n in lens]
+
+    def paged(self) -> tuple[Any, list[int], list[int], list[int]]:
+        """(pages, page_indptr, page_indices, last page lengths)."""
+        counts = [-(-n // 16) for n in self.kv_lens]
+        order = self.rng.permutation(sum(counts) + 3)
+        shape = (len(order), 2, self.spec.num_kv_heads, 16, self.spec.head_dim)
+        pages = np.full(shape, np.nan, DTYPES[self.spec.dtype])
+        indptr = np.concatenate([[0], np.cumsum(counts)]).tolist()
+        for i, n in enumerate(self.kv_lens):
+            for token in range(n):
+                page = order[indptr[i] + token // 16]
+                pages[page, 0, :, token % 16] = self.k[i][token]
+                pages[page, 1, :, token % 16] = self.v[i][token]
+        last = [(n - 1) % 16 + 1 if n else 0 for n in self.kv_lens]
+        return BACKEND.tensor(pages), indptr, order[: indptr[-1]].tolist(), last
+
+    def check(self, visible: Sequence[np.ndarray]) -> None:
+        """visible: for each sequence [rows, keys]."""
+        out, lse = self.out.numpy().astype(np.float64), self.lse.numpy()
+        group, at = self.spec.group_size, 0
+        tolerance = TOLERANCE[self.spec.dtype]
+        for i, rows in enumerate(self.q_lens):
+            q = self.q[at : at + rows].astype(np.float64)
+            k, v = (np.repeat(x[i].astype(np.float64), group, 1) for x in (self.k, self.v))
+            score = np.einsum("rhd,khd->rhk", q, k) * self.scale
+            score = np.where(visible[i][:, None], score, -np.inf)
+            for r in range(rows):
+                got, got_lse = out[at + r], lse[at + r]
+                if not visible[i][r].any():
+                    assert (got == 0).all() and np.isfinite(got_lse).all()
+                    assert (got_lse < -1e20).all()
+                    continue
+                p = np.exp(score[r] - score[r].max(-1, keepdims=True))
+                want = np.einsum("hk,khd->hd", p / p.sum(-1, keepdims=True), v)
+                np.testing.assert_allclose(got, want, atol=tolerance, rtol=0, err_msg=f"{i}, {r}")
+                total = np.log2(p.sum(-1)) + score[r].max(-1) * np.log2(np.e)
+                np.testing.assert_allclose(got_lse, total, atol=1e-4)
+            at += rows
+
+
+def indptr(lens: Sequence[int]) -> list[int]:
+    return [0, *np.cumsum(lens).tolist()]
+
+
+def causal_mask(rows: int, keys: int, causal: int) -> np.ndarray:
+    distance = np.arange(keys)[None] - (keys - rows) - np.arange(rows)[:, None]
+    return distance <= (0 if causal else keys + rows)
+
+
+@every_shape
+def test_decode(shape: tuple[int, int, int, str]) -> None:
+    for seed, lens in enumerate([[1], [300], [0, 16, 37, 1, 260], [0], [700, 3]]):
+        call = Call(numbers(shape), seed, [1] * len(lens))
+        call.keys(lens)
+        pages, page_indptr, ids, last = call.paged()
+        for array in (page_indptr, ids, last, [0] * len(lens), lens):
+            call.views(array)
+        run(call.spec, "decode")(
+            BACKEND.tensor(call.q), pages, *call.views.tensors(), call.out, call.lse,
+            0, 1.0, 1e4, call.scale,
+        )  # fmt: skip
+        call.check([np.ones((1, n), bool) for n in lens])
+
+
+@pytest.mark.parametrize("causal", [0, 1])
+@every_shape
+def test_prefill_paged(shape: tuple[int, int, int, str], causal: int) -> None:
+    rounds = [([37], [37]), ([5, 0, 1, 70], [90, 20, 0, 33]), ([3], [0]), ([0, 2], [0, 17])]
+    for seed, (rows, lens) in enumerate(rounds):
+        call = Call(numbers(shape), seed, rows)
+        call.keys(lens)
+        pages, page_indptr, ids, last = call.paged()
+        call.views(indptr(rows))
+        arrays = (page_indptr, ids, last, [0] * len(lens), [0] * sum(rows))
+        for array in arrays:
+            call.views(array)
+        q_indptr, *views = call.views.tensors()
+        run(call.spec, "prefill_paged")(
+            BACKEND.tensor(call.q), q_indptr, pages, *views, call.out, call.lse,
+            causal, 0, 1.0, 1e4, call.scale,
+        )  # fmt: skip
+        call.check([causal_mask(r, n, causal) for r, n in zip(rows, lens, strict=True)])
+
+
+@pytest.mark.parametrize("causal", [0, 1])
+@every_shape
+def test_prefill_ragged(shape: tuple[int, int, int, str], causal: int) -> None:
+    rounds = [([130], [130]), ([5, 0, 1, 40], [50, 20, 1, 40]), ([3, 4], [0, 4])]
+    for seed, (rows, lens) in enumerate(rounds):
+        call = Call(numbers(shape), seed, rows)
+        call.keys(lens)
+        arrays = (indptr(rows), indptr(lens), [0] * sum(rows), [0] * len(lens))
+        for array in arrays:
+            call.views(array)
+        q_indptr, kv_indptr, position, offset = call.views.tensors()
+        k, v = (BACKEND.tensor(np.concatenate(x)) for x in (call.k, call.v))
+        run(call.spec, "prefill_ragged")(
+            BACKEND.tensor(call.q), q_indptr, k, v, kv_indptr, position, offset,
+            call.out, call.lse, causal, 0, 1.0, 1e4, call.scale,
+        )  # fmt: skip
+        call.check([causal_mask(r, n, causal) for r, n in zip(rows, lens, strict=True)])
+
+
+@pytest.mark.parametrize("decoding", [True, False])
+@pytest.mark.parametrize("sink", [5, *slow(0)])
+@pytest.mark.parametrize("shape", [SHAPES[0], *slow(SHAPES[1], *MORE_SHAPES)], ids=str)
+def test_windows_of_several_sequences(
+    shape: tuple[int, int, int, str], sink: int, decoding: bool
+) -> None:
+    """Slots between a sequence's sinks and its window are gone and hold NaN."""
+    spec = numbers(shape, sliding_window=50, attention_sink=sink, attention_factor=1.1)
+    rows = [1, 1, 1, 1] if decoding else [6, 1, 30, 2]
+    lens = [93, 20, 70, 0]
+    starts = [(sink + 37, sink), (0, 0), (sink + 9, sink), (0, 0)]  # the second and last never slid
+    offsets = [4, 0, 0, 0]
+    call = Call(spec, 3, rows)
+    call.keys(lens)
+    half = spec.rotary_dim // 2
+    raw, visible, q_positions = [k.copy() for k in call.k], [], []
+    for i, (n, (start, sinks)) in enumerate(zip(lens, starts, strict=True)):
+        slots = np.arange(n)
+        sees_always = slots < (sinks or sink)
+        place = slots + offsets[i] + np.where(sees_always, 0, sinks - start)
+        angle = (place[:, None] * np.array(spec.inv_freq, np.float64))[:, None]
+        c, s = 1.1 * np.cos(angle), 1.1 * np.sin(angle)
+        a, b = np.split(call.k[i].astype(np.float64), [half], -1)
+        call.k[i] = np.concatenate([a * c - b * s, b * c + a * s], -1)
+        at = (place[-1] + 1 if n else 0) + np.arange(rows[i])
+        q_positions += at.tolist()
+        near = (at[:, None] - place < 50 - sink) & (slots >= start)
+        visible.append(near | sees_always)
+        gone = ~sees_always & (slots < start)
+        raw[i][gone] = call.v[i][gone] = np.nan
+    rotated, call.k = call.k, raw
+    pages, page_indptr, ids, last = call.paged()
+    call.k = [np.nan_to_num(k) for k in rotated]
+    call.v = [np.nan_to_num(v) for v in call.v]
+    lengths = [last, [s for s, _ in starts], [s for _, s in starts]]
+    for array in (indptr(rows), page_indptr, ids, lengths, offsets, q_positions):
+        call.views(array)
+    q_indptr, *views = call.views.tensors()
+    tail = (*views, call.out, call.lse)
+    scalars = (0, 1.0, 1e4, call.scale)
+    if decoding:
+        run(spec, "decode")(BACKEND.tensor(call.q), pages, *tail, *scalars)
+    else:
+        q = BACKEND.tensor(call.q)
+        run(spec, "prefill_paged")(q, q_indptr, pages, *tail, 0, *scalars)
+    call.check(visible)
+
+
+def random_tree(rng: np.random.Generator, nodes: int) -> tuple[list[list[int]], np.ndarray]:
+    """The runtime's [place, end of the subtree] of each node, and who sees whom."""
+    parents = [int(rng.integers(-1, n)) for n in range(nodes)]
+    sees = np.eye(nodes, dtype=bool)
+    for node, parent in enumerate(parents):
+        if parent >= 0:
+            sees[node] |= sees[parent]
+    order = sorted(range(nodes), key=lambda n: scenarios.ancestors(parents, n))
+    place = {node: i for i, node in enumerate(order)}
+    size = sees.sum(0)
+    return [[place[n], place[n] + int(size[n])] for n in range(nodes)], sees
+
+
+@pytest.mark.parametrize("paged", [False, True])
+@every_shape
+def test_trees(shape: tuple[int, int, int, str], paged: bool) -> None:
+    # Rows are the last nodes of a tree; the keys before the tree's are seen by all.
+    rounds = [([7, 1, 20], [7, 1, 25], [30, 1, 25]), ([3], [40], [75])]
+    for seed, (rows, nodes, lens) in enumerate(rounds):
+        call = Call(numbers(shape), seed, rows)
+        call.keys(lens)
+        trees = [random_tree(call.rng, n) for n in nodes]
+        visible = []
+        for (_, sees), r, n in zip(trees, rows, lens, strict=True):
+            mask = np.ones((r, n), bool)
+            mask[:, n - len(sees) :] = sees[len(sees) - r :]
+            visible.append(mask)
+        orders = np.concatenate([order for order, _ in trees]).ravel()  # flat off CUDA
+        tail = (0, 1.0, 1e4, call.scale)
+        if paged:
+            pages, page_indptr, ids, last = call.paged()
+            arrays = [page_indptr, ids, last, [0] * len(lens), [0] * sum(rows)]
+            for array in [indptr(rows), *arrays, indptr(nodes), orders]:
+                call.views(array)
+            q_indptr, *views, tree_indptr, order = call.views.tensors()
+            run(call.spec, "tree_paged")(
+                BACKEND.tensor(call.q), q_indptr, pages, *views, call.out, call.lse,
+                *tail, tree_indptr, order,
+            )  # fmt: skip
+        else:
+            for array in (indptr(rows), indptr(lens), [0] * sum(rows), indptr(nodes), orders):
+                call.views(array)
+            q_indptr, kv_indptr, position, tree_indptr, order = call.views.tensors()
+            k, v = (BACKEND.tensor(np.concatenate(x)) for x in (call.k, call.v))
+            run(call.spec, "tree_ragged")(
+                BACKEND.tensor(call.q), q_indptr, k, v, kv_indptr, position, tree_indptr, order,
+                call.out, call.lse, *tail,
+            )  # fmt: skip
+        call.check(visible)
+
+
+@every_shape
+def test_merge_state(shape: tuple[int, int, int, str]) -> None:
+    spec = numbers(shape)
+    rng, n = np.random.default_rng(0), 37
+    heads, d, dtype = spec.num_qo_heads, spec.head_dim, DTYPES[spec.dtype]
+    a, b = (rng.standard_normal((n, heads, d)).astype(dtype) for _ in range(2))
+    s, t = ((5 * rng.standard_normal((n, heads))).astype(np.float32) for _ in range(2))
+    a[1] = b[2] = a[3] = b[3] = 0
+    s[1] = t[2] = s[3] = t[3] = -1e29
+    arrays = [BACKEND.tensor(x) for x in (a, s, b, t)]
+    run(spec, "merge_state")(*arrays)
+    out, lse = arrays[0].numpy(), arrays[1].numpy()
+    w = 1 / (1 + 2.0 ** np.clip((t - s).astype(np.float64), -1e3, 1e3))[..., None]
+    rows = [i for i in range(n) if i not in (1, 2, 3)]
+    want = w * a + (1 - w) * b
+    np.testing.assert_allclose(out[rows], want[rows], atol=TOLERANCE[spec.dtype])
+    np.testing.assert_allclose(lse[rows], np.logaddexp2(s, t)[rows], rtol=1e-5, atol=1e-5)
+    assert (out[1] == b[1]).all() and (lse[1] == t[1]).all()
+    assert (out[2] == a[2]).all() and (lse[2] == s[2]).all()
+    assert (out[3] == 0).all() and (lse[3] < -1e28).all()
+
+
+@every_shape
+@pytest.mark.parametrize("window", [None, 100])
+def test_split_rotary(shape: tuple[int, int, int, str], window: int | None) -> None:
+    q_heads, kv_heads, d, dtype = shape
+    for rotary in (d, d // 2 // 2 * 2):
+        spec = numbers(shape, sliding_window=window, attention_factor=1.25)
+        spec = replace(spec, inv_freq=tuple(frequencies(rotary).tolist()))
+        rng, n = np.random.default_rng(1), 21
+        qkv = rng.standard_normal((n, q_heads + 2 * kv_heads, d)).astype(DTYPES[dtype])
+        position = rng.integers(0, 40000, n)
+        outs = [
+            BACKEND.tensor(np.full((n, h, d), np.nan, qkv.dtype))
+            for h in (q_heads, kv_heads, kv_heads)
+        ]
+        freq = np.array(spec.inv_freq, np.float32)
+        views = Views()
+        views(position)
+        last = BACKEND.tensor(freq) if window is None else 0
+        run(spec, "split_rotary")(BACKEND.tensor(qkv), *views.tensors(), *outs, last)
+        angle = (position.astype(np.float32)[:, None, None] * freq).astype(np.float64)
+        c, s = 1.25 * np.cos(angle), 1.25 * np.sin(angle)
+        x, half = qkv.astype(np.float64), rotary // 2
+        a, b, rest = x[..., :half], x[..., half:rotary], x[..., rotary:]
+        turned = np.concatenate([a * c - b * s, b * c + a * s, rest], -1)
+        rotated = q_heads if window else q_heads + kv_heads
+        want = np.concatenate([turned[:, :rotated], x[:, rotated:]], 1)
+        got = np.concatenate([out.numpy() for out in outs], 1)
+        scale = 1e-6 if dtype == "float32" else 1e-3
+        np.testing.assert_allclose(got, want, atol=5 * scale, rtol=scale)
+
+
+@every_shape
+def test_append_copy_compact_and_read_back(shape: tuple[int, int, int, str]) -> None:
+    _, kv_heads, d, dtype = shape
+    spec = numbers(shape)
+    rng = np.random.default_rng(2)
+    n, num_pages = 45, 7
+    state = rng.standard_normal((num_pages, 2, kv_heads, 16, d)).astype(DTYPES[dtype])
+    pages = BACKEND.tensor(state)
+    k, v = (rng.standard_normal((n, kv_heads, d)).astype(DTYPES[dtype]) for _ in range(2))
+    slots = rng.permutation(16 * (num_pages - 2))[:n]
+    slots[[3, 20]] = -1  # the runtime's word for a token that is not kept
+    views = Views()
+    views(slots)
+    run(spec, "transpose_append")(pages, BACKEND.tensor(k), BACKEND.tensor(v), *views.tensors())
+    for token, slot in enumerate(slots):
+        if slot >= 0:
+            state[slot // 16, 0, :, slot % 16] = k[token]
+            state[slot // 16, 1, :, slot % 16] = v[token]
+    np.testing.assert_array_equal(pages.numpy(), state)
+
+    run(spec, "copy_single_page")(pages, 2, 6, 11)
+    np.testing.assert_array_equal(pages.numpy()[6, :, :, :11], state[2, :, :, :11])
+    np.testing.assert_array_equal(pages.numpy()[:6], state[:6])
+    state = pages.numpy()
+
+    # Two sequences; a chain of moves, where a target is an earlier source.
+    source, target = [17, 18, 20, 70, 79], [16, 17, 18, 65, 70]
+    views = Views()
+    views([0, 3, 5])
+    views([source, target])
+    run(spec, "compact_copy")(pages, *views.tensors(), 2)
+    for a, b in zip(source, target, strict=True):
+        state[b // 16, :, :, b % 16] = state[a // 16, :, :, a % 16]
+    np.testing.assert_array_equal(pages.numpy(), state)
+
+    slots = rng.permutation(16 * num_pages)[:13]
+    poison = np.full((2, 13, kv_heads, d), -1, DTYPES[dtype])
+    got = [BACKEND.tensor(poison) for _ in range(2)]
+    views = Views()
+    views(slots)
+    run(spec, "debug_get_kv")(pages, *views.tensors(), *got, 1)
+    for kind in range(2):
+        assert (got[kind].numpy()[0] == -1).all()
+        want = state[slots // 16, kind, :, slots % 16]
+        np.testing.assert_array_equal(got[kind].numpy()[1], want)
+
+
+GROUPS = [
+    {"q_heads": 6, "kv_heads": 2, "d": 32},
+    {"q_heads": 3, "kv_heads": 3, "d": 64, "dtype": "float16"},
+    *slow(
+        {"q_heads": 8, "kv_heads": 1, "d": 96, "rotary_dim": 48, "factor": 1.3},
+        {"q_heads": 14, "kv_heads": 2, "d": 128, "layers": 2},
+        {"q_heads": 2, "kv_heads": 1, "d": 256},
+    ),
+]
+
+
+@pytest.mark.parametrize("shape", GROUPS)
+def test_prefill_decode_and_batches(shape: dict[str, Any]) -> None:
+    scenarios.prefill_decode_and_batches(gpu_cache, **shape)
+
+
+@pytest.mark.slow
+def test_single_prefills_of_every_small_length() -> None:
+    scenarios.single_prefills(gpu_cache)
+
+
+def test_chunks_of_odd_lengths_and_long_decode() -> None:
+    scenarios.chunks_of_odd_lengths(gpu_cache)
+
+
+@pytest.mark.parametrize("position", [17, -1, *slow(1, 15, 16, 32, 40, 48)])
+def test_fork(position: int) -> None:
+    scenarios.forks(gpu_cache, position)
+
+
+@pytest.mark.slow
+def test_more_forks_than_the_runtime_keeps_apart() -> None:
+    scenarios.many_forks(gpu_cache)
+
+
+@pytest.mark.slow
+def test_many_sequences_share_a_prefix() -> None:
+    scenarios.shared_prefix(gpu_cache)
+
+
+def test_popn_and_reuse_of_pages() -> None:
+    scenarios.popn_and_reuse(gpu_cache)
+
+
+@pytest.mark.parametrize("window", [None, 40])
+def test_slots_never_written_may_hold_nan(window: int | None) -> None:
+    scenarios.unwritten_slots(gpu_cache, window)
+
+
+def test_trees_and_their_commit() -> None:
+    scenarios.trees_and_commit(gpu_cache, [([-1, 0, 0, 1, 2, -1], 2)])
+
+
+def test_tree_grown_over_rounds() -> None:
+    scenarios.grown_tree(gpu_cache)
+
+
+@pytest.mark.parametrize("shape", [{"window": 40}, *slow({"window": 33, "dtype": "float16"})])
+def test_window_is_exact_far_past_the_wrap(shape: dict[str, Any]) -> None:
+    scenarios.window_past_the_wrap(gpu_cache, **shape)
+
+
+def test_window_and_chunks_longer_than_it() -> None:
+    scenarios.long_chunks_in_window(gpu_cache)
+
+
+@pytest.mark.slow
+def test_window_smaller_than_what_the_runtime_keeps() -> None:
+    scenarios.roomy_window(gpu_cache)
+
+
+def test_attention_sinks() -> None:
+    scenarios.attention_sinks(gpu_cache)
+
+
+def test_debug_get_kv_returns_rotated_keys_and_values() -> None:
+    scenarios.debug_get_kv(gpu_cache)
+
+
+@pytest.mark.parametrize("window", [None, (64, 0), (64, 4)])
+@pytest.mark.parametrize("shape", [SHAPES[0], *slow((8, 1, 256, "float16"))])
+def test_launches_keep_to_the_limits(
+    shape: tuple[int, int, int, str], window: tuple[int, int] | None
+) -> None:
+    more = {} if window is None else {"sliding_window": window[0], "attention_sink": window[1]}
+    codes = gpu_library.wgsl(gpu_library.build(kernels(numbers(shape, **more))))
+    assert len(codes) == (12 if window is None else 10)  # decode is two
+    for name, code in codes.items():
+        gpu_library.check_limits(name, code, WEBGPU)
+
+
+def test_devices_that_cannot() -> None:
+    spec = numbers((2, 1, 64, "bfloat16"))
+    with pytest.raises(InputError, match="WGSL has no bfloat16"):
+        gpu_kv_cache_kernels(spec, device=WEBGPU)
+    spec = numbers((2, 1, 64, "float32"))
+    with pytest.raises(InputError, match="256 threads and 10 buffers, the device has 128 and 10"):
+        gpu_kv_cache_kernels(spec, device=GPUDevice(max_threads=128))
+    with pytest.raises(InputError, match="head_dim 64 is too large"):
+        gpu_kv_cache_kernels(spec, device=GPUDevice(shared_bytes=1024))

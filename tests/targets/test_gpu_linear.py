@@ -1,0 +1,252 @@
+"""The GPU matmul kernels against numpy in float64, run by the `webgpu` device."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import tvm
+from gpu_library import build, check_limits, loaded, wgsl
+from linear_reference import LinearCase, linear_spec
+from tvm import relax
+
+from mlc_compile.quantization.scheme import SCHEMES
+from mlc_compile.targets.gpu_kernels import _gemm, _gemv
+from mlc_compile.targets.gpu_kernels._gemm import GemmConfig
+from mlc_compile.targets.gpu_kernels._gemv import GemvConfig
+from mlc_compile.targets.gpu_kernels.device import WEBGPU, GPUDevice
+from mlc_compile.targets.gpu_kernels.linear import FEW_ROWS, linear_kernel
+from mlc_compile.targets.kernels import LinearSpec
+
+# WGSL has no bfloat16.
+NAMES = [name for name, scheme in SCHEMES.items() if scheme.model_dtype != "bfloat16"]
+# Of q4f16_1 and its siblings one each: what a name adds otherwise is policy, not a kernel.
+DISTINCT = ["q0f16", "q3f16_1", "q4f16_0", "q4f16_1", "q8f16_1"]
+SMALL = GPUDevice(max_threads=64, shared_bytes=8 << 10, wgsl=True)
+# Software adapters compile a product with few sums in a thread much faster than the chosen one.
+QUICK = GemmConfig(32, 32, 32, 4, 4)
+# One row, few rows with each remainder of their tile, and more than one tile of a product.
+ROWS = {1: (1,), None: (1, 5, FEW_ROWS, FEW_ROWS + 1, 70)}
+
+
+def check(
+    spec: LinearSpec, counts: Sequence[int], *, device: GPUDevice = WEBGPU, **configs: Any
+) -> None:
+    """Build the kernel of `spec` and compare it with numpy for each number of rows.
+
+    configs: of `linear_kernel`; gemm=None for the product that it chooses.
+    """
+    kernel = linear_kernel(spec, device=device, **{"gemm": QUICK, **configs})
+    built = build({"linear": kernel})
+    for name, code in wgsl(built).items():
+        check_limits(name, code, device)
+    run = loaded(built)["linear"]
+    case = LinearCase.random(spec)
+    gpu = tvm.device("webgpu", 0)
+    for count in counts:
+        inputs = case.inputs(count)
+        out = tvm.runtime.tensor(case.poisoned(count), gpu)
+        run(*(tvm.runtime.tensor(a, gpu) for a in inputs), out)
+        case.check(inputs[0], out.numpy(), count, configs)
+
+
+@functools.cache
+def code_of(spec: LinearSpec) -> dict[str, str]:
+    return wgsl(build({"linear": linear_kernel(spec, device=WEBGPU)}))
+
+
+@pytest.mark.parametrize("rows", [1, None])
+@pytest.mark.parametrize("name", NAMES)
+def test_every_scheme(webgpu: str, name: str, rows: int | None) -> None:
+    # N and K that no tile and no vector divides, K not a whole number of groups either.
+    spec = linear_spec(name, 75, 202, out_dtype="float32", has_bias=True, rows=rows)
+    check(spec, ROWS[rows])
+
+
+@pytest.mark.parametrize("rows", [1, None])
+@pytest.mark.parametrize("name", DISTINCT)
+def test_shapes_that_vectors_divide(webgpu: str, name: str, rows: int | None) -> None:
+    check(linear_spec(name, 128, 640, rows=rows), ROWS[rows])
+
+
+@pytest.mark.parametrize("name", ["q4f16_1", "q3f16_0"])
+def test_chosen_product_of_many_rows(webgpu: str, name: str) -> None:
+    check(linear_spec(name, 136, 120, has_bias=True), (64, 65, 129, 300), gemm=None)
+
+
+@pytest.mark.parametrize("rows", [1, None])
+@pytest.mark.parametrize(
+    ("name", "n", "k"),
+    [
+        ("q4f16_1", 1, 64),
+        ("q4f16_1", 3, 7),
+        ("q4f16_1", 5, 1000),
+        ("q4f16_0", 1, 7),
+        ("q3f16_1", 9, 1),
+        ("q4f32_1", 192, 576),
+        ("q0f32", 3, 7),
+        ("q0f16", 49, 150),
+    ],
+)
+def test_odd_shapes(webgpu: str, name: str, n: int, k: int, rows: int | None) -> None:
+    check(linear_spec(name, n, k, rows=rows), (1,) if rows else (1, 9))
+
+
+@pytest.mark.parametrize("out_dtype", ["float32", "float16"])
+@pytest.mark.parametrize("x_dtype", ["float32", "float16"])
+@pytest.mark.parametrize("bias_dtype", ["float32", "float16"])
+def test_mixed_dtypes(webgpu: str, x_dtype: str, out_dtype: str, bias_dtype: str) -> None:
+    dtypes = {"x_dtype": x_dtype, "out_dtype": out_dtype, "bias_dtype": bias_dtype}
+    spec = linear_spec("q4f16_1", 20, 96, has_bias=True, **dtypes)
+    check(spec, (3, 11))
+    check(dataclasses.replace(spec, rows=1), (1,))
+
+
+def test_plain_weight_of_another_dtype(webgpu: str) -> None:
+    spec = LinearSpec(96, 20, None, "float32", "float32", weight_dtype="float16")
+    check(spec, (3, 11))
+    check(dataclasses.replace(spec, rows=1), (1,))
+
+
+def test_group_of_more_words(webgpu: str) -> None:
+    scheme = dataclasses.replace(SCHEMES["q4f16_1"], group_size=128)
+    spec = LinearSpec(320, 24, scheme, "float16", "float32")
+    check(spec, (4, 12))
+    check(dataclasses.replace(spec, rows=1), (1,))
+
+
+def test_tied_embedding_of_a_transposed_scheme(webgpu: str) -> None:
+    scheme = dataclasses.replace(SCHEMES["q4f16_0"], layout="NK")
+    check(LinearSpec(96, 100, scheme, "float16", "float32", rows=1), (1,))
+
+
+@pytest.mark.parametrize("decode", ["bytes", "mantissa"])
+@pytest.mark.parametrize("words", [1, 4])
+@pytest.mark.parametrize("name", ["q3f16_1", "q4f32_1", "q8f32_1"])
+def test_gemv_loads_and_decoding(webgpu: str, name: str, words: int, decode: Any) -> None:
+    config = GemvConfig(lanes=16, teams=2, rows=3, words=words, unroll=2, decode=decode)
+    check(linear_spec(name, 45, 1360, rows=1), (1,), gemv=config)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        GemvConfig(lanes=32, teams=1, rows=1),
+        GemvConfig(lanes=1, teams=8, rows=2),
+        GemvConfig(lanes=64, teams=4, rows=2, unroll=4),
+        GemvConfig(lanes=128, teams=2, rows=2),
+        GemvConfig(lanes=256, teams=1, rows=4),
+        GemvConfig(lanes=2, teams=3, rows=7),
+    ],
+    ids=lambda c: c.label,
+)
+def test_gemv_cuts(webgpu: str, config: GemvConfig) -> None:
+    # More outputs than threads in the last, helpers in those of many lanes.
+    check(linear_spec("q4f32_1", 45, 1056, rows=1), (1,), gemv=config)
+
+
+@pytest.mark.parametrize("k", [96, 1024, 9000])
+@pytest.mark.parametrize("name", ["q4f32_1", "q8f16_1"])
+def test_gemv_with_x_in_group_memory(webgpu: str, name: str, k: int) -> None:
+    # 9000 floats take two turns.
+    config = GemvConfig(lanes=16, teams=2, rows=2, words=4, unroll=2, stage=True)
+    check(linear_spec(name, 20, k, rows=1), (1,), gemv=config)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4])
+@pytest.mark.parametrize("n", [36, 70, 33])
+def test_transposed_columns(webgpu: str, n: int, rows: int) -> None:
+    config = GemvConfig(lanes=8, teams=8, rows=rows)
+    check(linear_spec("q4f16_0", n, 360, rows=1), (1,), gemv=config)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        GemmConfig(32, 32, 16, 4, 4),
+        GemmConfig(128, 64, 32, 8, 4),
+        GemmConfig(128, 128, 32, 8, 8),
+    ],
+    ids=lambda c: c.label,
+)
+@pytest.mark.parametrize("name", ["q3f16_1", "q4f32_1"])
+def test_gemm_cuts(webgpu: str, name: str, config: GemmConfig) -> None:
+    check(linear_spec(name, 75, 200), (70,), gemm=config)
+
+
+@pytest.mark.parametrize("rows", [1, None])
+@pytest.mark.parametrize("name", ["q4f16_1", "q4f16_0", "q0f32"])
+def test_a_smaller_device(webgpu: str, name: str, rows: int | None) -> None:
+    check(linear_spec(name, 75, 200, rows=rows), ROWS[rows], device=SMALL, gemm=None)
+
+
+@pytest.mark.parametrize("name", [n for n in SCHEMES if n not in NAMES])
+def test_no_kernel_for_bfloat16(name: str) -> None:
+    assert linear_kernel(linear_spec(name, 64, 64), device=WEBGPU) is None
+
+
+def test_relax_call_tir_with_symbolic_rows(webgpu: str) -> None:
+    spec = linear_spec("q4f32_1", 12, 64)
+    case = LinearCase.random(spec)
+    builder = relax.BlockBuilder()
+    arguments = [("x", (tvm.tirx.Var("n", "int64"), 64), "float32"), *spec.weight_shapes()]
+    x, *weight = (relax.Var(n, relax.TensorType(s, d)) for n, s, d in arguments)
+    kernel = builder.add_func(linear_kernel(spec, device=WEBGPU), "linear")
+    with builder.function("main", [x, *weight]):
+        out = relax.TensorType((x.ty.shape[0], 12), "float32")
+        builder.emit_func_output(builder.emit(relax.call_tir(kernel, [x, *weight], out)))
+    target = tvm.target.Target({"kind": "webgpu", "host": {"kind": "llvm"}})
+    machine = relax.VirtualMachine(
+        loaded(relax.build(builder.get(), target)), tvm.device("webgpu", 0)
+    )
+    for count in (3, 11):
+        inputs = case.inputs(count)
+        tensors = [tvm.runtime.tensor(a, tvm.device("webgpu", 0)) for a in inputs]
+        case.check(inputs[0], machine["main"](*tensors).numpy(), count)
+
+
+# --- what the code must look like
+
+SHAPES = [(3072, 2048), (2048, 2048), (16384, 2048), (2048, 8192), (128256, 2048), (4096, 14336)]
+
+
+@pytest.mark.parametrize(("n", "k"), SHAPES)
+@pytest.mark.parametrize("name", ["q4f16_1", "q4f32_1", "q4f16_0"])
+def test_decode_has_few_barriers(name: str, n: int, k: int) -> None:
+    # Each costs a software adapter a turn through all threads.
+    (code,) = code_of(linear_spec(name, n, k, rows=1)).values()
+    check_limits("linear", code, WEBGPU)
+    loops = re.findall(r"for \([^{]*\{[^}]*workgroupBarrier", code)
+    assert not loops
+    assert code.count("workgroupBarrier()") <= 3
+
+
+@pytest.mark.parametrize("name", ["q4f16_1", "q4f32_1", "q4f16_0", "q0f16"])
+def test_weights_are_read_as_vectors_where_it_pays(name: str) -> None:
+    codes = code_of(linear_spec(name, 4096, 2048))
+    assert len(codes) == 2  # few rows, many rows
+    for code in codes.values():
+        assert re.search(r"array<vec[24]<f(16|32)>>", code)
+
+
+def test_float16_only_where_the_spec_has_it() -> None:
+    for rows in (1, None):
+        for code in code_of(linear_spec("q4f32_1", 64, 64, rows=rows)).values():
+            assert "f16" not in code
+
+
+@pytest.mark.parametrize("device", [WEBGPU, SMALL, GPUDevice(max_threads=128)])
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (96, 64), *SHAPES])
+def test_choices_fit_the_device(n: int, k: int, device: GPUDevice) -> None:
+    for name in ("q4f16_1", "q4f16_0", "q3f16_1", "q0f32"):
+        scheme = None if SCHEMES[name].is_plain else SCHEMES[name]
+        for m in (1, 4):
+            gemv = _gemv.choose(n, k, scheme, m, device)
+            assert gemv.threads <= device.max_threads
+        gemm = _gemm.choose(n, k, scheme, device)
+        assert gemm.threads <= device.max_threads
+        assert gemm.shared_bytes <= device.shared_bytes
