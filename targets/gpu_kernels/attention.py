@@ -35,9 +35,9 @@ def gpu_kv_cache_kernels(spec: KVCacheSpec, *, device: GPUDevice) -> KVCacheKern
     Raises:
         InputError: the device has no such dtype, too small groups, or no room for a head.
     """
-    if device.wgsl and spec.dtype == "bfloat16":
+    if spec.dtype == "bfloat16" and not device.bfloat16:
         raise InputError(
-            "WGSL has no bfloat16, so no KV cache of it",
+            "this target has no bfloat16, so no KV cache of it",
             hint="use a quantization of float16 or float32, such as q4f16_1 or q4f32_1",
         )
     if device.max_threads < THREADS or device.max_buffers < 10:
@@ -46,7 +46,7 @@ def gpu_kv_cache_kernels(spec: KVCacheSpec, *, device: GPUDevice) -> KVCacheKern
             f"{device.max_threads} and {device.max_buffers}"
         )
     trees = spec.sliding_window is None
-    flat_order = device.wgsl  # the runtime gathers its small arrays on CUDA only
+    flat_order = not device.merged_auxiliary
 
     def attention(*, paged: bool, tree: bool = False) -> tirx.PrimFunc:
         return prefill(spec, device, paged=paged, tree=tree, flat_order=flat_order)

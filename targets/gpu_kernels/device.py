@@ -13,14 +13,18 @@ class GPUDevice:
         max_threads: threads of one group.
         shared_bytes: group memory of one launch, in bytes.
         max_buffers: storage buffers bound by one launch.
-        wgsl: kernels become WGSL and may call its built-in functions by name.
+        bfloat16: whether kernels may compute in it.
+        merged_auxiliary: the KV cache's runtime hands over its small index arrays as views of one
+            buffer (it does on CUDA) and tree orders as [m, 2]; elsewhere each has a buffer of its
+            own, and tree orders are flat.
     """
 
     max_threads: int = 256
     shared_bytes: int = 32 << 10
     max_buffers: int = 10
-    wgsl: bool = False
+    bfloat16: bool = False
+    merged_auxiliary: bool = False
 
 
-WEBGPU = GPUDevice(wgsl=True)
+WEBGPU = GPUDevice()
 """What web-llm asks an adapter for: notes/webgpu.md."""

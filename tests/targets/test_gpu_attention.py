@@ -515,7 +515,7 @@ def test_launches_keep_to_the_limits(
 
 def test_devices_that_cannot() -> None:
     spec = numbers((2, 1, 64, "bfloat16"))
-    with pytest.raises(InputError, match="WGSL has no bfloat16"):
+    with pytest.raises(InputError, match="this target has no bfloat16"):
         gpu_kv_cache_kernels(spec, device=WEBGPU)
     spec = numbers((2, 1, 64, "float32"))
     with pytest.raises(InputError, match="256 threads and 10 buffers, the device has 128 and 10"):

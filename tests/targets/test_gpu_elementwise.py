@@ -36,7 +36,7 @@ FLOATS = ("float32", "float16")
 VOCAB, HIDDENS = 50, (64, 83, 600)
 # WGSL's exp may be off by 3 + 2 |x| units in the last place, and exponents here go to 15.
 ACTIVATION_TOLERANCE = {"float32": 1e-5, "float16": 2.0**-10}
-SMALL = GPUDevice(max_threads=64, shared_bytes=16 << 10, wgsl=True)
+SMALL = GPUDevice(max_threads=64, shared_bytes=16 << 10)
 
 
 def kernels(dtype: str, device: GPUDevice = WEBGPU) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from mlc_compile.targets.kernels import LinearSpec
 NAMES = [name for name, scheme in SCHEMES.items() if scheme.model_dtype != "bfloat16"]
 # Of q4f16_1 and its siblings one each: what a name adds otherwise is policy, not a kernel.
 DISTINCT = ["q0f16", "q3f16_1", "q4f16_0", "q4f16_1", "q8f16_1"]
-SMALL = GPUDevice(max_threads=64, shared_bytes=8 << 10, wgsl=True)
+SMALL = GPUDevice(max_threads=64, shared_bytes=8 << 10)
 # Software adapters compile a product with few sums in a thread much faster than the chosen one.
 QUICK = GemmConfig(32, 32, 32, 4, 4)
 # One row, few rows with each remainder of their tile, and more than one tile of a product.

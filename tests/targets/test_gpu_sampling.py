@@ -94,7 +94,7 @@ def test_launches_keep_to_the_device(vocab: int) -> None:
 
 
 def test_smaller_devices_get_smaller_groups(webgpu: Any) -> None:
-    device = GPUDevice(max_threads=64, shared_bytes=16 << 10, wgsl=True)
+    device = GPUDevice(max_threads=64, shared_bytes=16 << 10)
     for name, code in wgsl(built(4097, device)).items():
         assert "@workgroup_size(64, 1, 1)" in code, name
         check_limits(name, code, device)
