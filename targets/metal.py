@@ -10,7 +10,10 @@ A device compiles each kernel when it is first called; no compiler of Apple's is
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 from tvm import relax, tirx
@@ -36,25 +39,49 @@ METAL = GPUDevice(max_threads=256, shared_bytes=32 << 10, max_buffers=31)
 """What an A12 has and later ones keep (Metal feature set tables: threadgroup memory, entries of
 the buffer argument table). They allow more threads, but not to a kernel of many registers."""
 
+METAL_APPLE7 = replace(METAL, simdgroup_matrix=True)
+"""Family Apple7 and later: A14, M1."""
+
+APPLE7 = "apple7"
+"""The variant, and the `model` of its TVM target."""
+
 
 class MetalBackend:
-    """`targets.profile.Backend` of one Apple platform."""
+    """`targets.profile.Backend` of one Apple platform.
 
-    def __init__(self, platform: ApplePlatform) -> None:
+    family: of the oldest GPU, where it is Apple7. variants: a variant that asks for a newer family,
+    and the processor that comes with it.
+    """
+
+    def __init__(
+        self,
+        platform: ApplePlatform,
+        family: str | None = None,
+        variants: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
         self.platform = platform
+        self.family = family
+        self.variants = variants
 
     def tvm_target(self, variant: str | None, suffix: str) -> Target:
         name = self.platform.name
-        if variant is not None:
-            raise InputError(
-                f"--target {name}:{variant}: no such variant", hint=f"write --target {name}"
+        if variant is not None and variant not in self.variants:
+            known = " or ".join(
+                f"--target {n}" for n in (name, *(f"{name}:{v}" for v in self.variants))
             )
+            raise InputError(f"--target {name}:{variant}: no such variant", hint=f"write {known}")
+        family, cpu = self.family, self.platform.cpu
+        if variant is not None:
+            family, cpu = variant, self.variants[variant]
         host = {"kind": "llvm"}
         if suffix != ".so":
-            host |= {"mtriple": self.platform.triple, "mcpu": self.platform.cpu}
+            host |= {"mtriple": self.platform.triple, "mcpu": cpu}
         return Target(
             {
                 "kind": "metal",
+                # TVM passes `model` on and asks for nothing in it (`keys` and `device` choose its
+                # generic functions); a host for this machine couldn't say which GPU is meant.
+                **({} if family is None else {"model": family}),
                 "max_threads_per_block": METAL.max_threads,
                 "max_num_threads": METAL.max_threads,
                 "max_shared_memory_per_block": METAL.shared_bytes,
@@ -65,7 +92,7 @@ class MetalBackend:
         )
 
     def kernels(self, target: Target) -> GPUKernels:
-        return GPUKernels(METAL)
+        return GPUKernels(METAL_APPLE7 if target.attrs.get("model") == APPLE7 else METAL)
 
     def kv_cache_kernels(self, target: Target) -> Any:
         return partial(attention.gpu_kv_cache_kernels, device=METAL)
@@ -98,7 +125,8 @@ class MetalBackend:
         return []
 
 
-IPHONE_BACKEND = MetalBackend(IPHONE)
+IPHONE_BACKEND = MetalBackend(IPHONE, variants=MappingProxyType({APPLE7: "apple-a14"}))
+# The simulator's GPU is the Mac's, with the abilities of an older one.
 IPHONE_SIMULATOR_BACKEND = MetalBackend(IPHONE_SIMULATOR)
-MACABI_BACKEND = MetalBackend(MACABI)
-MACOS_BACKEND = MetalBackend(MACOS)
+MACABI_BACKEND = MetalBackend(MACABI, APPLE7)
+MACOS_BACKEND = MetalBackend(MACOS, APPLE7)

@@ -128,7 +128,7 @@ def _metal(
     )
 
 
-def _ios(name: str, summary: str) -> TargetProfile:
+def _ios(name: str, summary: str, **more: Any) -> TargetProfile:
     """MLC's iOS engine serves one sequence (its mode "interactive"), and what its app ships with
     has chunks of 128 tokens and, mostly, contexts of 2048."""
     return _metal(
@@ -142,6 +142,7 @@ def _ios(name: str, summary: str) -> TargetProfile:
         ),
         # A phone of 8 GB refused a buffer of 2.25 GB (docs/ios.md).
         max_binding_bytes=10**9,
+        **more,
     )
 
 
@@ -171,7 +172,12 @@ TARGETS: Mapping[str, TargetProfile] = MappingProxyType(
                 imposed=MappingProxyType({"max_batch_size": 1}),
                 runtime_reserve_bytes=64 << 20,
             ),
-            _ios("iphone", "iPhone and iPad: .tar or .a for an app (or a .so for `verify` here)"),
+            _ios(
+                "iphone",
+                "iPhone and iPad: .tar or .a for an app (or a .so for `verify` here)",
+                variants="apple7, for A14, M1 and later: faster prefill (default: A12 and later)",
+                features=MappingProxyType({"apple7": "apple7"}),
+            ),
             _ios("iphone-simulator", "the iOS simulator on Apple silicon, as iphone"),
             _ios("macabi", "Mac Catalyst on Apple silicon, as iphone"),
             _metal(

@@ -17,6 +17,7 @@ class GPUDevice:
         merged_auxiliary: the KV cache's runtime hands over its small index arrays as views of one
             buffer (it does on CUDA) and tree orders as [m, 2]; elsewhere each has a buffer of its
             own, and tree orders are flat.
+        simdgroup_matrix: whether it has Metal's 8x8 simdgroup matrices (family Apple7: A14, M1).
     """
 
     max_threads: int = 256
@@ -24,6 +25,7 @@ class GPUDevice:
     max_buffers: int = 10
     bfloat16: bool = False
     merged_auxiliary: bool = False
+    simdgroup_matrix: bool = False
 
 
 WEBGPU = GPUDevice()

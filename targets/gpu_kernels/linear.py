@@ -3,9 +3,11 @@
 Notable features
 - One entry, `linear_kernel(spec)`: GEMV kernels for one row (`_gemv.py`); for any number of rows
   the same with a few rows at once while there are few (batched decode), else a tiled product
-  (`_gemm.py`): the host chooses at each call. The weight is never materialised.
+  (`_gemm.py`, or `_gemm_simdgroup.py` where the device has matrix units): the host chooses at each
+  call. The weight is never materialised.
 - Accumulation is always float32 and no activation is rounded: the result is that of the dequantised
-  weight (q - M) * scale in float32, up to float32 rounding of the sums.
+  weight (q - M) * scale in float32, up to float32 rounding of the sums. Matrix units round the
+  dequantised weight of a float16 model to float16.
 - Any N and K: K is padded to whole groups as the format says, threads beyond N repeat the last row.
 """
 
@@ -14,7 +16,7 @@ from __future__ import annotations
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
-from mlc_compile.targets.gpu_kernels import _gemm, _gemv
+from mlc_compile.targets.gpu_kernels import _gemm, _gemm_simdgroup, _gemv
 from mlc_compile.targets.gpu_kernels._emit import Argument, Buffer, build_kernel, i32, symbol
 from mlc_compile.targets.gpu_kernels.device import GPUDevice
 from mlc_compile.targets.kernels import LinearSpec
@@ -33,7 +35,7 @@ def linear_kernel(
 ) -> tirx.PrimFunc | None:
     """The kernel for `spec`: (x [n, K], q_weight, q_scale | weight, [bias [N]], out [n, N]).
 
-    gemv, gemm: instead of what `choose` of either module finds.
+    gemv, gemm: instead of what `choose` of either module finds; gemm also instead of matrix units.
     None where the device lacks a dtype of `spec` (bfloat16).
     """
     dtypes = {spec.x_dtype, spec.out_dtype, spec.weight_dtype, spec.bias_dtype}
@@ -68,6 +70,10 @@ def linear_kernel(
                 few(FEW_ROWS_TILE)
             with T.Else():
                 operands = _gemv.Operands(x, weight, bias, out, n, k, rows, 0)
+                matrices = None if gemm else _gemm_simdgroup.choose(operands, scheme, device)
+                if matrices is not None:
+                    _gemm_simdgroup.gemm(operands, scheme, matrices)
+                    return
                 config = gemm or _gemm.choose(n, k, scheme, device)
                 _gemm.gemm(operands, scheme, _gemm.fit(config, scheme, device))
 

@@ -87,6 +87,21 @@ def test_verify_against_transformers(build: Any, scheme: str) -> None:
     assert report["failures"] == []
 
 
+@pytest.mark.parametrize("target", ["webgpu", "iphone"])
+def test_gpu_kernels_verify_too(
+    build: Any, target: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    """All layers in float16, on a software WebGPU adapter and on the emulated Metal device: as
+    transformers, hence the cpu library's tokens (the test above)."""
+    if target == "webgpu":
+        request.getfixturevalue("webgpu")
+    out, library = build(gguf(), "q4f16_1"), str(tmp_path / "model.so")
+    command("compile", str(out), "--target", target, "-o", library)
+    steps = ("--decode-steps", "32", "--json")
+    text = command("verify", str(out), "--lib", library, "--reference", str(gguf()), *steps)
+    assert json.loads(text)["failures"] == []
+
+
 def test_float32_logits_equal_transformers(build: Any, hf_directory: Path) -> None:
     """The issue's own bar, in its own units, straight from the checkpoint."""
     import torch

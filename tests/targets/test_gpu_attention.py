@@ -15,22 +15,17 @@ import attention_cache as scenarios
 import gpu_library
 import numpy as np
 import pytest
-from attention_cache import DTYPES, Backend, Cache, frequencies
+from attention_cache import DTYPES, Backend, Cache, Make, frequencies
+from gpu_library import Device
 
 from mlc_compile.errors import InputError
 from mlc_compile.targets.gpu_kernels.attention import gpu_kv_cache_kernels
 from mlc_compile.targets.gpu_kernels.device import WEBGPU, GPUDevice
 from mlc_compile.targets.kv_cache import KVCacheSpec
 
-pytestmark = pytest.mark.usefixtures("webgpu")
-
 # WGSL's exp2 and log2 may be wrong in the last three bits, and llvmpipe's are.
-BACKEND = Backend(
-    partial(gpu_kv_cache_kernels, device=WEBGPU), gpu_library.TARGET, "webgpu", slack=4
-)
+SLACK = {"webgpu": 4, "metal": 2}
 TOLERANCE = {"float32": 2e-5, "float16": 2e-3}
-
-gpu_cache = partial(Cache, BACKEND)
 
 # query heads, KV heads, head size, dtype; the second has no multiple of 16 dimensions
 SHAPES = [(9, 3, 64, "float32"), (4, 1, 40, "float16")]
@@ -62,22 +57,36 @@ def numbers(shape: tuple[int, int, int, str], **more: Any) -> KVCacheSpec:
 
 
 @cache
-def kernels(spec: KVCacheSpec) -> dict[str, Any]:
-    made = gpu_kv_cache_kernels(spec, device=WEBGPU)
+def backend(device: Device) -> Backend:
+    kernels = partial(gpu_kv_cache_kernels, device=device.limits)
+    return Backend(kernels, device.target, device.name, slack=SLACK[device.name])
+
+
+@pytest.fixture
+def gpu_cache(device: Device) -> Make:
+    """Makes a paged cache on the device."""
+    return partial(Cache, backend(device))
+
+
+@cache
+def kernels(spec: KVCacheSpec, limits: GPUDevice) -> dict[str, Any]:
+    made = gpu_kv_cache_kernels(spec, device=limits)
     named = {f.name: getattr(made, f.name) for f in fields(made)}
     return {name: kernel for name, kernel in named.items() if kernel is not None}
 
 
 @cache
-def run(spec: KVCacheSpec, name: str) -> Any:
+def run(device: Device, spec: KVCacheSpec, name: str) -> Any:
     """A kernel as the device runs it."""
-    return gpu_library.loaded(gpu_library.build({name: kernels(spec)[name]}))[name]
+    kernel = kernels(spec, device.limits)[name]
+    return gpu_library.loaded(gpu_library.build(device, {name: kernel}))[name]
 
 
 class Views:
     """int32 arrays that lie one behind the other in one buffer."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: Device) -> None:
+        self.device = device
         self.arrays: list[np.ndarray] = []
 
     def __call__(self, array: Any) -> int:
@@ -91,7 +100,7 @@ class Views:
             parts += [gap, array.ravel()]
             starts.append(4 * (at + len(gap)))
             at += len(gap) + array.size
-        whole = BACKEND.tensor(np.concatenate([*parts, np.zeros(1, np.int32)]))
+        whole = self.device.tensor(np.concatenate([*parts, np.zeros(1, np.int32)]))
         return [
             whole._create_view(array.shape, "int32", start)
             for array, start in zip(self.arrays, starts, strict=True)
@@ -101,15 +110,15 @@ class Views:
 class Call:
     """Arguments of one kernel call and the numbers to check it with."""
 
-    def __init__(self, spec: KVCacheSpec, seed: int, q_lens: Sequence[int]) -> None:
-        self.spec = spec
+    def __init__(self, device: Device, spec: KVCacheSpec, seed: int, q_lens: Sequence[int]) -> None:
+        self.device, self.spec = device, spec
         self.rng = np.random.default_rng(seed)
         self.q_lens = list(q_lens)
         rows = sum(q_lens)
         self.q = self.random(rows, spec.num_qo_heads)
-        self.out = BACKEND.tensor(np.full(self.q.shape, np.nan, self.q.dtype))
-        self.lse = BACKEND.tensor(np.full(self.q.shape[:2], np.nan, np.float32))
-        self.views = Views()
+        self.out = self.device.tensor(np.full(self.q.shape, np.nan, self.q.dtype))
+        self.lse = self.device.tensor(np.full(self.q.shape[:2], np.nan, np.float32))
+        self.views = Views(device)
         self.scale = 0.17
 
     def random(self, *shape: int) -> np.ndarray:
@@ -134,7 +143,7 @@ class Call:
                 pages[page, 0, :, token % 16] = self.k[i][token]
                 pages[page, 1, :, token % 16] = self.v[i][token]
         last = [(n - 1) % 16 + 1 if n else 0 for n in self.kv_lens]
-        return BACKEND.tensor(pages), indptr, order[: indptr[-1]].tolist(), last
+        return self.device.tensor(pages), indptr, order[: indptr[-1]].tolist(), last
 
     def check(self, visible: Sequence[np.ndarray]) -> None:
         """visible: for each sequence [rows, keys]."""
@@ -169,27 +178,29 @@ def causal_mask(rows: int, keys: int, causal: int) -> np.ndarray:
     return distance <= (0 if causal else keys + rows)
 
 
+@pytest.mark.on_metal(shape=SHAPES[1])
 @every_shape
-def test_decode(shape: tuple[int, int, int, str]) -> None:
+def test_decode(device: Device, shape: tuple[int, int, int, str]) -> None:
     for seed, lens in enumerate([[1], [300], [0, 16, 37, 1, 260], [0], [700, 3]]):
-        call = Call(numbers(shape), seed, [1] * len(lens))
+        call = Call(device, numbers(shape), seed, [1] * len(lens))
         call.keys(lens)
         pages, page_indptr, ids, last = call.paged()
         for array in (page_indptr, ids, last, [0] * len(lens), lens):
             call.views(array)
-        run(call.spec, "decode")(
-            BACKEND.tensor(call.q), pages, *call.views.tensors(), call.out, call.lse,
+        run(device, call.spec, "decode")(
+            device.tensor(call.q), pages, *call.views.tensors(), call.out, call.lse,
             0, 1.0, 1e4, call.scale,
         )  # fmt: skip
         call.check([np.ones((1, n), bool) for n in lens])
 
 
+@pytest.mark.on_metal(shape=SHAPES[1], causal=1)
 @pytest.mark.parametrize("causal", [0, 1])
 @every_shape
-def test_prefill_paged(shape: tuple[int, int, int, str], causal: int) -> None:
+def test_prefill_paged(device: Device, shape: tuple[int, int, int, str], causal: int) -> None:
     rounds = [([37], [37]), ([5, 0, 1, 70], [90, 20, 0, 33]), ([3], [0]), ([0, 2], [0, 17])]
     for seed, (rows, lens) in enumerate(rounds):
-        call = Call(numbers(shape), seed, rows)
+        call = Call(device, numbers(shape), seed, rows)
         call.keys(lens)
         pages, page_indptr, ids, last = call.paged()
         call.views(indptr(rows))
@@ -197,37 +208,39 @@ def test_prefill_paged(shape: tuple[int, int, int, str], causal: int) -> None:
         for array in arrays:
             call.views(array)
         q_indptr, *views = call.views.tensors()
-        run(call.spec, "prefill_paged")(
-            BACKEND.tensor(call.q), q_indptr, pages, *views, call.out, call.lse,
+        run(device, call.spec, "prefill_paged")(
+            device.tensor(call.q), q_indptr, pages, *views, call.out, call.lse,
             causal, 0, 1.0, 1e4, call.scale,
         )  # fmt: skip
         call.check([causal_mask(r, n, causal) for r, n in zip(rows, lens, strict=True)])
 
 
+@pytest.mark.on_metal(shape=SHAPES[1], causal=1)
 @pytest.mark.parametrize("causal", [0, 1])
 @every_shape
-def test_prefill_ragged(shape: tuple[int, int, int, str], causal: int) -> None:
+def test_prefill_ragged(device: Device, shape: tuple[int, int, int, str], causal: int) -> None:
     rounds = [([130], [130]), ([5, 0, 1, 40], [50, 20, 1, 40]), ([3, 4], [0, 4])]
     for seed, (rows, lens) in enumerate(rounds):
-        call = Call(numbers(shape), seed, rows)
+        call = Call(device, numbers(shape), seed, rows)
         call.keys(lens)
         arrays = (indptr(rows), indptr(lens), [0] * sum(rows), [0] * len(lens))
         for array in arrays:
             call.views(array)
         q_indptr, kv_indptr, position, offset = call.views.tensors()
-        k, v = (BACKEND.tensor(np.concatenate(x)) for x in (call.k, call.v))
-        run(call.spec, "prefill_ragged")(
-            BACKEND.tensor(call.q), q_indptr, k, v, kv_indptr, position, offset,
+        k, v = (device.tensor(np.concatenate(x)) for x in (call.k, call.v))
+        run(device, call.spec, "prefill_ragged")(
+            device.tensor(call.q), q_indptr, k, v, kv_indptr, position, offset,
             call.out, call.lse, causal, 0, 1.0, 1e4, call.scale,
         )  # fmt: skip
         call.check([causal_mask(r, n, causal) for r, n in zip(rows, lens, strict=True)])
 
 
+@pytest.mark.on_metal(shape=SHAPES[0], sink=5)
 @pytest.mark.parametrize("decoding", [True, False])
 @pytest.mark.parametrize("sink", [5, *slow(0)])
 @pytest.mark.parametrize("shape", [SHAPES[0], *slow(SHAPES[1], *MORE_SHAPES)], ids=str)
 def test_windows_of_several_sequences(
-    shape: tuple[int, int, int, str], sink: int, decoding: bool
+    device: Device, shape: tuple[int, int, int, str], sink: int, decoding: bool
 ) -> None:
     """Slots between a sequence's sinks and its window are gone and hold NaN."""
     spec = numbers(shape, sliding_window=50, attention_sink=sink, attention_factor=1.1)
@@ -235,7 +248,7 @@ def test_windows_of_several_sequences(
     lens = [93, 20, 70, 0]
     starts = [(sink + 37, sink), (0, 0), (sink + 9, sink), (0, 0)]  # the second and last never slid
     offsets = [4, 0, 0, 0]
-    call = Call(spec, 3, rows)
+    call = Call(device, spec, 3, rows)
     call.keys(lens)
     half = spec.rotary_dim // 2
     raw, visible, q_positions = [k.copy() for k in call.k], [], []
@@ -264,10 +277,10 @@ def test_windows_of_several_sequences(
     tail = (*views, call.out, call.lse)
     scalars = (0, 1.0, 1e4, call.scale)
     if decoding:
-        run(spec, "decode")(BACKEND.tensor(call.q), pages, *tail, *scalars)
+        run(device, spec, "decode")(device.tensor(call.q), pages, *tail, *scalars)
     else:
-        q = BACKEND.tensor(call.q)
-        run(spec, "prefill_paged")(q, q_indptr, pages, *tail, 0, *scalars)
+        q = device.tensor(call.q)
+        run(device, spec, "prefill_paged")(q, q_indptr, pages, *tail, 0, *scalars)
     call.check(visible)
 
 
@@ -284,13 +297,14 @@ def random_tree(rng: np.random.Generator, nodes: int) -> tuple[list[list[int]], 
     return [[place[n], place[n] + int(size[n])] for n in range(nodes)], sees
 
 
+@pytest.mark.on_metal(shape=SHAPES[1])
 @pytest.mark.parametrize("paged", [False, True])
 @every_shape
-def test_trees(shape: tuple[int, int, int, str], paged: bool) -> None:
+def test_trees(device: Device, shape: tuple[int, int, int, str], paged: bool) -> None:
     # Rows are the last nodes of a tree; the keys before the tree's are seen by all.
     rounds = [([7, 1, 20], [7, 1, 25], [30, 1, 25]), ([3], [40], [75])]
     for seed, (rows, nodes, lens) in enumerate(rounds):
-        call = Call(numbers(shape), seed, rows)
+        call = Call(device, numbers(shape), seed, rows)
         call.keys(lens)
         trees = [random_tree(call.rng, n) for n in nodes]
         visible = []
@@ -306,24 +320,25 @@ def test_trees(shape: tuple[int, int, int, str], paged: bool) -> None:
             for array in [indptr(rows), *arrays, indptr(nodes), orders]:
                 call.views(array)
             q_indptr, *views, tree_indptr, order = call.views.tensors()
-            run(call.spec, "tree_paged")(
-                BACKEND.tensor(call.q), q_indptr, pages, *views, call.out, call.lse,
+            run(device, call.spec, "tree_paged")(
+                device.tensor(call.q), q_indptr, pages, *views, call.out, call.lse,
                 *tail, tree_indptr, order,
             )  # fmt: skip
         else:
             for array in (indptr(rows), indptr(lens), [0] * sum(rows), indptr(nodes), orders):
                 call.views(array)
             q_indptr, kv_indptr, position, tree_indptr, order = call.views.tensors()
-            k, v = (BACKEND.tensor(np.concatenate(x)) for x in (call.k, call.v))
-            run(call.spec, "tree_ragged")(
-                BACKEND.tensor(call.q), q_indptr, k, v, kv_indptr, position, tree_indptr, order,
+            k, v = (device.tensor(np.concatenate(x)) for x in (call.k, call.v))
+            run(device, call.spec, "tree_ragged")(
+                device.tensor(call.q), q_indptr, k, v, kv_indptr, position, tree_indptr, order,
                 call.out, call.lse, *tail,
             )  # fmt: skip
         call.check(visible)
 
 
+@pytest.mark.on_metal(shape=SHAPES[1])
 @every_shape
-def test_merge_state(shape: tuple[int, int, int, str]) -> None:
+def test_merge_state(device: Device, shape: tuple[int, int, int, str]) -> None:
     spec = numbers(shape)
     rng, n = np.random.default_rng(0), 37
     heads, d, dtype = spec.num_qo_heads, spec.head_dim, DTYPES[spec.dtype]
@@ -331,8 +346,8 @@ def test_merge_state(shape: tuple[int, int, int, str]) -> None:
     s, t = ((5 * rng.standard_normal((n, heads))).astype(np.float32) for _ in range(2))
     a[1] = b[2] = a[3] = b[3] = 0
     s[1] = t[2] = s[3] = t[3] = -1e29
-    arrays = [BACKEND.tensor(x) for x in (a, s, b, t)]
-    run(spec, "merge_state")(*arrays)
+    arrays = [device.tensor(x) for x in (a, s, b, t)]
+    run(device, spec, "merge_state")(*arrays)
     out, lse = arrays[0].numpy(), arrays[1].numpy()
     w = 1 / (1 + 2.0 ** np.clip((t - s).astype(np.float64), -1e3, 1e3))[..., None]
     rows = [i for i in range(n) if i not in (1, 2, 3)]
@@ -344,9 +359,10 @@ def test_merge_state(shape: tuple[int, int, int, str]) -> None:
     assert (out[3] == 0).all() and (lse[3] < -1e28).all()
 
 
+@pytest.mark.on_metal(shape=SHAPES[1])
 @every_shape
 @pytest.mark.parametrize("window", [None, 100])
-def test_split_rotary(shape: tuple[int, int, int, str], window: int | None) -> None:
+def test_split_rotary(device: Device, shape: tuple[int, int, int, str], window: int | None) -> None:
     q_heads, kv_heads, d, dtype = shape
     for rotary in (d, d // 2 // 2 * 2):
         spec = numbers(shape, sliding_window=window, attention_factor=1.25)
@@ -355,14 +371,14 @@ def test_split_rotary(shape: tuple[int, int, int, str], window: int | None) -> N
         qkv = rng.standard_normal((n, q_heads + 2 * kv_heads, d)).astype(DTYPES[dtype])
         position = rng.integers(0, 40000, n)
         outs = [
-            BACKEND.tensor(np.full((n, h, d), np.nan, qkv.dtype))
+            device.tensor(np.full((n, h, d), np.nan, qkv.dtype))
             for h in (q_heads, kv_heads, kv_heads)
         ]
         freq = np.array(spec.inv_freq, np.float32)
-        views = Views()
+        views = Views(device)
         views(position)
-        last = BACKEND.tensor(freq) if window is None else 0
-        run(spec, "split_rotary")(BACKEND.tensor(qkv), *views.tensors(), *outs, last)
+        last = device.tensor(freq) if window is None else 0
+        run(device, spec, "split_rotary")(device.tensor(qkv), *views.tensors(), *outs, last)
         angle = (position.astype(np.float32)[:, None, None] * freq).astype(np.float64)
         c, s = 1.25 * np.cos(angle), 1.25 * np.sin(angle)
         x, half = qkv.astype(np.float64), rotary // 2
@@ -375,47 +391,52 @@ def test_split_rotary(shape: tuple[int, int, int, str], window: int | None) -> N
         np.testing.assert_allclose(got, want, atol=5 * scale, rtol=scale)
 
 
+@pytest.mark.on_metal(shape=SHAPES[1])
 @every_shape
-def test_append_copy_compact_and_read_back(shape: tuple[int, int, int, str]) -> None:
+def test_append_copy_compact_and_read_back(
+    device: Device, shape: tuple[int, int, int, str]
+) -> None:
     _, kv_heads, d, dtype = shape
     spec = numbers(shape)
     rng = np.random.default_rng(2)
     n, num_pages = 45, 7
     state = rng.standard_normal((num_pages, 2, kv_heads, 16, d)).astype(DTYPES[dtype])
-    pages = BACKEND.tensor(state)
+    pages = device.tensor(state)
     k, v = (rng.standard_normal((n, kv_heads, d)).astype(DTYPES[dtype]) for _ in range(2))
     slots = rng.permutation(16 * (num_pages - 2))[:n]
     slots[[3, 20]] = -1  # the runtime's word for a token that is not kept
-    views = Views()
+    views = Views(device)
     views(slots)
-    run(spec, "transpose_append")(pages, BACKEND.tensor(k), BACKEND.tensor(v), *views.tensors())
+    run(device, spec, "transpose_append")(
+        pages, device.tensor(k), device.tensor(v), *views.tensors()
+    )
     for token, slot in enumerate(slots):
         if slot >= 0:
             state[slot // 16, 0, :, slot % 16] = k[token]
             state[slot // 16, 1, :, slot % 16] = v[token]
     np.testing.assert_array_equal(pages.numpy(), state)
 
-    run(spec, "copy_single_page")(pages, 2, 6, 11)
+    run(device, spec, "copy_single_page")(pages, 2, 6, 11)
     np.testing.assert_array_equal(pages.numpy()[6, :, :, :11], state[2, :, :, :11])
     np.testing.assert_array_equal(pages.numpy()[:6], state[:6])
     state = pages.numpy()
 
     # Two sequences; a chain of moves, where a target is an earlier source.
     source, target = [17, 18, 20, 70, 79], [16, 17, 18, 65, 70]
-    views = Views()
+    views = Views(device)
     views([0, 3, 5])
     views([source, target])
-    run(spec, "compact_copy")(pages, *views.tensors(), 2)
+    run(device, spec, "compact_copy")(pages, *views.tensors(), 2)
     for a, b in zip(source, target, strict=True):
         state[b // 16, :, :, b % 16] = state[a // 16, :, :, a % 16]
     np.testing.assert_array_equal(pages.numpy(), state)
 
     slots = rng.permutation(16 * num_pages)[:13]
     poison = np.full((2, 13, kv_heads, d), -1, DTYPES[dtype])
-    got = [BACKEND.tensor(poison) for _ in range(2)]
-    views = Views()
+    got = [device.tensor(poison) for _ in range(2)]
+    views = Views(device)
     views(slots)
-    run(spec, "debug_get_kv")(pages, *views.tensors(), *got, 1)
+    run(device, spec, "debug_get_kv")(pages, *views.tensors(), *got, 1)
     for kind in range(2):
         assert (got[kind].numpy()[0] == -1).all()
         want = state[slots // 16, kind, :, slots % 16]
@@ -433,84 +454,89 @@ GROUPS = [
 ]
 
 
+@pytest.mark.on_metal(shape=GROUPS[1])
 @pytest.mark.parametrize("shape", GROUPS)
-def test_prefill_decode_and_batches(shape: dict[str, Any]) -> None:
+def test_prefill_decode_and_batches(gpu_cache: Make, shape: dict[str, Any]) -> None:
     scenarios.prefill_decode_and_batches(gpu_cache, **shape)
 
 
 @pytest.mark.slow
-def test_single_prefills_of_every_small_length() -> None:
+def test_single_prefills_of_every_small_length(gpu_cache: Make) -> None:
     scenarios.single_prefills(gpu_cache)
 
 
-def test_chunks_of_odd_lengths_and_long_decode() -> None:
+def test_chunks_of_odd_lengths_and_long_decode(gpu_cache: Make) -> None:
     scenarios.chunks_of_odd_lengths(gpu_cache)
 
 
+@pytest.mark.on_metal(position=17)
 @pytest.mark.parametrize("position", [17, -1, *slow(1, 15, 16, 32, 40, 48)])
-def test_fork(position: int) -> None:
+def test_fork(gpu_cache: Make, position: int) -> None:
     scenarios.forks(gpu_cache, position)
 
 
 @pytest.mark.slow
-def test_more_forks_than_the_runtime_keeps_apart() -> None:
+def test_more_forks_than_the_runtime_keeps_apart(gpu_cache: Make) -> None:
     scenarios.many_forks(gpu_cache)
 
 
 @pytest.mark.slow
-def test_many_sequences_share_a_prefix() -> None:
+def test_many_sequences_share_a_prefix(gpu_cache: Make) -> None:
     scenarios.shared_prefix(gpu_cache)
 
 
-def test_popn_and_reuse_of_pages() -> None:
+def test_popn_and_reuse_of_pages(gpu_cache: Make) -> None:
     scenarios.popn_and_reuse(gpu_cache)
 
 
 @pytest.mark.parametrize("window", [None, 40])
-def test_slots_never_written_may_hold_nan(window: int | None) -> None:
+def test_slots_never_written_may_hold_nan(gpu_cache: Make, window: int | None) -> None:
     scenarios.unwritten_slots(gpu_cache, window)
 
 
-def test_trees_and_their_commit() -> None:
+@pytest.mark.on_metal
+def test_trees_and_their_commit(gpu_cache: Make) -> None:
     scenarios.trees_and_commit(gpu_cache, [([-1, 0, 0, 1, 2, -1], 2)])
 
 
-def test_tree_grown_over_rounds() -> None:
+def test_tree_grown_over_rounds(gpu_cache: Make) -> None:
     scenarios.grown_tree(gpu_cache)
 
 
 @pytest.mark.parametrize("shape", [{"window": 40}, *slow({"window": 33, "dtype": "float16"})])
-def test_window_is_exact_far_past_the_wrap(shape: dict[str, Any]) -> None:
+def test_window_is_exact_far_past_the_wrap(gpu_cache: Make, shape: dict[str, Any]) -> None:
     scenarios.window_past_the_wrap(gpu_cache, **shape)
 
 
-def test_window_and_chunks_longer_than_it() -> None:
+def test_window_and_chunks_longer_than_it(gpu_cache: Make) -> None:
     scenarios.long_chunks_in_window(gpu_cache)
 
 
 @pytest.mark.slow
-def test_window_smaller_than_what_the_runtime_keeps() -> None:
+def test_window_smaller_than_what_the_runtime_keeps(gpu_cache: Make) -> None:
     scenarios.roomy_window(gpu_cache)
 
 
-def test_attention_sinks() -> None:
+@pytest.mark.on_metal
+def test_attention_sinks(gpu_cache: Make) -> None:
     scenarios.attention_sinks(gpu_cache)
 
 
-def test_debug_get_kv_returns_rotated_keys_and_values() -> None:
+@pytest.mark.on_metal
+def test_debug_get_kv_returns_rotated_keys_and_values(gpu_cache: Make) -> None:
     scenarios.debug_get_kv(gpu_cache)
 
 
+@pytest.mark.parametrize("kind", gpu_library.DEVICES.values(), ids=gpu_library.DEVICES)
 @pytest.mark.parametrize("window", [None, (64, 0), (64, 4)])
 @pytest.mark.parametrize("shape", [SHAPES[0], *slow((8, 1, 256, "float16"))])
 def test_launches_keep_to_the_limits(
-    shape: tuple[int, int, int, str], window: tuple[int, int] | None
+    kind: Device, shape: tuple[int, int, int, str], window: tuple[int, int] | None
 ) -> None:
     more = {} if window is None else {"sliding_window": window[0], "attention_sink": window[1]}
-    codes = gpu_library.wgsl(gpu_library.build(kernels(numbers(shape, **more))))
+    made = kernels(numbers(shape, **more), kind.limits)
+    codes = gpu_library.check_limits(kind, gpu_library.build(kind, made))
     assert len(codes) == (12 if window is None else 10)  # decode is two
-    for name, code in codes.items():
-        gpu_library.check_limits(name, code, WEBGPU)
 
 
 def test_devices_that_cannot() -> None:

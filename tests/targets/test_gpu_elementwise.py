@@ -1,4 +1,4 @@
-"""The GPU's row kernels against numpy in float64, run by the `webgpu` device."""
+"""The GPU's row kernels against numpy in float64, run by each device of `gpu_library`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from elementwise_reference import (
     reference_norm,
     wide,
 )
-from gpu_library import build, check_limits, loaded, on_device, wgsl
+from gpu_library import DEVICES, Device, build, check_limits, loaded
 from linear_reference import random_weight
 
 from mlc_compile.quantization.scheme import SCHEMES, numpy_dtype
@@ -36,10 +36,10 @@ FLOATS = ("float32", "float16")
 VOCAB, HIDDENS = 50, (64, 83, 600)
 # WGSL's exp may be off by 3 + 2 |x| units in the last place, and exponents here go to 15.
 ACTIVATION_TOLERANCE = {"float32": 1e-5, "float16": 2.0**-10}
-SMALL = GPUDevice(max_threads=64, shared_bytes=16 << 10)
+SMALL = {"max_threads": 64, "shared_bytes": 16 << 10}
 
 
-def kernels(dtype: str, device: GPUDevice = WEBGPU) -> dict[str, Any]:
+def kernels(dtype: str, device: GPUDevice) -> dict[str, Any]:
     """Every kernel, symbolic in n; `_1` is the one-row form."""
     made: dict[str, Any] = {}
     for rows, suffix in ((None, ""), (1, "_1")):
@@ -59,116 +59,135 @@ def kernels(dtype: str, device: GPUDevice = WEBGPU) -> dict[str, Any]:
 
 
 @functools.cache
-def library(dtype: str, device: GPUDevice = WEBGPU) -> Any:
-    return loaded(build(kernels(dtype, device)))
+def library(device: Device, dtype: str) -> Any:
+    return loaded(build(device, kernels(dtype, device.limits)))
 
 
 def call(
-    function: Any, outputs: list[tuple[tuple[int, ...], str]], *inputs: np.ndarray
+    device: Device, function: Any, outputs: list[tuple[tuple[int, ...], str]], *inputs: np.ndarray
 ) -> list[np.ndarray]:
     """The outputs, poisoned before."""
     poisoned = [np.full(shape, 7e3, numpy_dtype(dtype)) for shape, dtype in outputs]
-    tensors = [on_device(a) for a in (*inputs, *poisoned)]
+    tensors = [device.tensor(a) for a in (*inputs, *poisoned)]
     function(*tensors)
     return [t.numpy() for t in tensors[len(inputs) :]]
 
 
-@pytest.mark.parametrize("device", [WEBGPU, SMALL], ids=["webgpu", "small"])
+@pytest.mark.parametrize("small", [False, True], ids=["whole", "small"])
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_launches_keep_to_the_device(dtype: str, device: GPUDevice) -> None:
-    for name, code in wgsl(build(kernels(dtype, device))).items():
-        check_limits(name, code, device)
-        assert ("enable f16" in code) <= (dtype == "float16")
+@pytest.mark.parametrize("kind", DEVICES.values(), ids=DEVICES)
+def test_launches_keep_to_the_device(kind: Device, dtype: str, small: bool) -> None:
+    kind = kind.smaller(**SMALL) if small else kind
+    for code in check_limits(kind, build(kind, kernels(dtype, kind.limits))).values():
+        assert any(word in code for word in ("enable f16", "half")) <= (dtype == "float16")
 
 
+@pytest.mark.on_metal(dtype="float16", width=1000, rows=5)
+@pytest.mark.on_metal(dtype="float16", width=7, rows=1)
 @pytest.mark.parametrize("rows", [1, 5, 300])
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_rms_norm(webgpu: Any, dtype: str, width: int, rows: int) -> None:
+def test_rms_norm(device: Device, dtype: str, width: int, rows: int) -> None:
     x, w = random(dtype, rows, width, scale=3), random(dtype, width, seed=1)
     expected = reference_norm(x, w)
     for suffix in ("", "_1") if rows == 1 else ("",):
-        function = library(dtype)[f"rms_norm_{width}{suffix}"]
-        assert_close(*call(function, [(x.shape, dtype)], x, w), expected, dtype)
+        function = library(device, dtype)[f"rms_norm_{width}{suffix}"]
+        assert_close(*call(device, function, [(x.shape, dtype)], x, w), expected, dtype)
 
 
+@pytest.mark.on_metal(dtype="float16", width=1000, rows=5)
+@pytest.mark.on_metal(dtype="float32", width=576, rows=1)
 @pytest.mark.parametrize("rows", [1, 5, 300])
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_add_rms_norm(webgpu: Any, dtype: str, width: int, rows: int) -> None:
+def test_add_rms_norm(device: Device, dtype: str, width: int, rows: int) -> None:
     x, y = random(dtype, rows, width, scale=3), random(dtype, rows, width, seed=2)
     w = random(dtype, width, seed=1)
     for suffix in ("", "_1") if rows == 1 else ("",):
-        function = library(dtype)[f"add_rms_norm_{width}{suffix}"]
-        normed, total = call(function, [(x.shape, dtype)] * 2, x, y, w)
+        function = library(device, dtype)[f"add_rms_norm_{width}{suffix}"]
+        normed, total = call(device, function, [(x.shape, dtype)] * 2, x, y, w)
         assert_close(total, wide(x) + wide(y), dtype)
         # The norm is of the rounded sum.
         assert_close(normed, reference_norm(total, w), dtype)
 
 
+@pytest.mark.on_metal(dtype="float16")
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_small_groups(webgpu: Any, dtype: str) -> None:
+def test_small_groups(device: Device, dtype: str) -> None:
     x, w = random(dtype, 3, 1000, scale=3), random(dtype, 1000, seed=1)
-    function = library(dtype, SMALL)["rms_norm_1000"]
-    assert_close(*call(function, [(x.shape, dtype)], x, w), reference_norm(x, w), dtype)
+    small = device.smaller(**SMALL)
+    with small.strict():
+        (out,) = call(small, library(small, dtype)["rms_norm_1000"], [(x.shape, dtype)], x, w)
+    assert_close(out, reference_norm(x, w), dtype)
 
 
-def test_rms_norm_epsilon_keeps_a_zero_row_finite(webgpu: Any) -> None:
+@pytest.mark.on_metal
+def test_rms_norm_epsilon_keeps_a_zero_row_finite(device: Device) -> None:
     x, w = np.zeros((2, 256), np.float32), np.ones(256, np.float32)
-    function = library("float32")["rms_norm_256"]
-    np.testing.assert_array_equal(*call(function, [(x.shape, "float32")], x, w), x)
+    function = library(device, "float32")["rms_norm_256"]
+    np.testing.assert_array_equal(*call(device, function, [(x.shape, "float32")], x, w), x)
 
 
-def test_float16_squares_do_not_overflow(webgpu: Any) -> None:
+@pytest.mark.on_metal
+def test_float16_squares_do_not_overflow(device: Device) -> None:
     x, w = np.full((1, 256), 3000, np.float16), np.ones(256, np.float16)
-    (out,) = call(library("float16")["rms_norm_256"], [(x.shape, "float16")], x, w)
+    (out,) = call(device, library(device, "float16")["rms_norm_256"], [(x.shape, "float16")], x, w)
     np.testing.assert_array_equal(out, np.ones_like(x))
 
 
+@pytest.mark.on_metal(dtype="float16", head_dim=80)
+@pytest.mark.on_metal(dtype="float32", head_dim=64, rows=1)
 @pytest.mark.parametrize("rows", [1, 100])
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_qk_norm(webgpu: Any, dtype: str, head_dim: int, rows: int) -> None:
+def test_qk_norm(device: Device, dtype: str, head_dim: int, rows: int) -> None:
     x = random(dtype, rows, HQ + 2 * HKV, head_dim, scale=2)
     q_weight, k_weight = random(dtype, head_dim, seed=1), random(dtype, head_dim, seed=2)
     for suffix in ("", "_1") if rows == 1 else ("",):
-        function = library(dtype)[f"qk_norm_{head_dim}{suffix}"]
-        (out,) = call(function, [(x.shape, dtype)], x, q_weight, k_weight)
+        function = library(device, dtype)[f"qk_norm_{head_dim}{suffix}"]
+        (out,) = call(device, function, [(x.shape, dtype)], x, q_weight, k_weight)
         assert_close(out[:, :HQ], reference_norm(x[:, :HQ], q_weight), dtype)
         keys = slice(HQ, HQ + HKV)
         assert_close(out[:, keys], reference_norm(x[:, keys], k_weight), dtype)
         np.testing.assert_array_equal(out[:, HQ + HKV :], x[:, HQ + HKV :])
 
 
-def check_gated(function: Any, activation: str, x: np.ndarray, dtype: str) -> None:
+def check_gated(device: Device, function: Any, activation: str, x: np.ndarray, dtype: str) -> None:
     half = x.shape[1] // 2
     expected = ACTIVATION_REFERENCES[activation](wide(x[:, :half])) * wide(x[:, half:])
-    (out,) = call(function, [((len(x), half), dtype)], x)
+    (out,) = call(device, function, [((len(x), half), dtype)], x)
     assert_close(out, expected, dtype, ACTIVATION_TOLERANCE[dtype])
 
 
+@pytest.mark.on_metal(dtype="float16")
 @pytest.mark.parametrize("activation", elementwise.ACTIVATIONS)
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_gated_activation(webgpu: Any, dtype: str, activation: str) -> None:
+def test_gated_activation(device: Device, dtype: str, activation: str) -> None:
     for rows in (1, 80):
         x = random(dtype, rows, 2 * WIDTHS[0], scale=3)
-        check_gated(library(dtype)[f"{activation}_{WIDTHS[0]}"], activation, x, dtype)
+        check_gated(
+            device, library(device, dtype)[f"{activation}_{WIDTHS[0]}"], activation, x, dtype
+        )
 
 
+@pytest.mark.on_metal(dtype="float16", width=1000)
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_gated_activation_of_other_widths(webgpu: Any, dtype: str, width: int) -> None:
+def test_gated_activation_of_other_widths(device: Device, dtype: str, width: int) -> None:
     for rows, suffix in ((3, ""), (1, ""), (1, "_1")):
         x = random(dtype, rows, 2 * width)
-        check_gated(library(dtype)[f"silu_{width}{suffix}"], "silu", x, dtype)
+        check_gated(device, library(device, dtype)[f"silu_{width}{suffix}"], "silu", x, dtype)
 
 
+@pytest.mark.on_metal
 @pytest.mark.parametrize("activation", elementwise.ACTIVATIONS)
-def test_activations_at_extremes(webgpu: Any, activation: str) -> None:
+def test_activations_at_extremes(device: Device, activation: str) -> None:
     """Large inputs saturate."""
     x = np.ones((1, 512), np.float32)
     x[0, :4] = [1e4, -1e4, 90, -90]
-    (out,) = call(library("float32")[f"{activation}_256"], [((1, 256), "float32")], x)
+    (out,) = call(
+        device, library(device, "float32")[f"{activation}_256"], [((1, 256), "float32")], x
+    )
     np.testing.assert_allclose(out[0, :4], [1e4, 0, 90, 0], rtol=1e-6, atol=1e-30)
     assert np.isfinite(out).all()
 
@@ -210,24 +229,26 @@ def embedding_spec(name: str, hidden: int, rows: int | None) -> EmbeddingSpec:
 
 
 @functools.cache
-def embeddings() -> Any:
+def embeddings(device: Device) -> Any:
     return loaded(
         build(
+            device,
             {
                 f"{name}_{hidden}_{rows}": embedding_kernel(
-                    embedding_spec(name, hidden, rows), device=WEBGPU
+                    embedding_spec(name, hidden, rows), device=device.limits
                 )
                 for name in TABLES
                 for hidden in HIDDENS
                 for rows in (1, None)
-            }
+            },
         )
     )
 
 
+@pytest.mark.on_metal(hidden=83)
 @pytest.mark.parametrize("hidden", HIDDENS)
 @pytest.mark.parametrize("name", TABLES)
-def test_embedding(webgpu: Any, name: str, hidden: int) -> None:
+def test_embedding(device: Device, name: str, hidden: int) -> None:
     spec = embedding_spec(name, hidden, None)
     rng, dtype = np.random.default_rng(hidden), spec.dtype
     if spec.scheme is None:
@@ -238,8 +259,8 @@ def test_embedding(webgpu: Any, name: str, hidden: int) -> None:
     for rows, count in ((1, 1), (None, 1), (None, 5), (None, 300)):
         ids = rng.integers(0, VOCAB, count).astype(np.int32)
         ids[-1] = VOCAB - 1
-        function = embeddings()[f"{name}_{hidden}_{rows}"]
-        (out,) = call(function, [((count, hidden), dtype)], ids, *table)
+        function = embeddings(device)[f"{name}_{hidden}_{rows}"]
+        (out,) = call(device, function, [((count, hidden), dtype)], ids, *table)
         # One rounding of the exact product; WGSL may round to float16 either way.
         assert_close(out, exact[ids], dtype, DTYPES[dtype][1])
         if dtype == "float32" or spec.scheme is None:

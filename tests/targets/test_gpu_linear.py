@@ -1,4 +1,4 @@
-"""The GPU matmul kernels against numpy in float64, run by the `webgpu` device."""
+"""The GPU matmul kernels against numpy in float64, run by each device of `gpu_library`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import tvm
-from gpu_library import build, check_limits, loaded, wgsl
+from gpu_library import DEVICES, Device, build, check_limits, check_wgsl, loaded, wgsl
 from linear_reference import LinearCase, linear_spec
 from tvm import relax
 
@@ -33,51 +33,55 @@ QUICK = GemmConfig(32, 32, 32, 4, 4)
 ROWS = {1: (1,), None: (1, 5, FEW_ROWS, FEW_ROWS + 1, 70)}
 
 
-def check(
-    spec: LinearSpec, counts: Sequence[int], *, device: GPUDevice = WEBGPU, **configs: Any
-) -> None:
+def check(device: Device, spec: LinearSpec, counts: Sequence[int], **configs: Any) -> None:
     """Build the kernel of `spec` and compare it with numpy for each number of rows.
 
     configs: of `linear_kernel`; gemm=None for the product that it chooses.
     """
-    kernel = linear_kernel(spec, device=device, **{"gemm": QUICK, **configs})
-    built = build({"linear": kernel})
-    for name, code in wgsl(built).items():
-        check_limits(name, code, device)
+    kernel = linear_kernel(spec, device=device.limits, **{"gemm": QUICK, **configs})
+    built = build(device, {"linear": kernel})
+    check_limits(device, built)
     run = loaded(built)["linear"]
     case = LinearCase.random(spec)
-    gpu = tvm.device("webgpu", 0)
     for count in counts:
         inputs = case.inputs(count)
-        out = tvm.runtime.tensor(case.poisoned(count), gpu)
-        run(*(tvm.runtime.tensor(a, gpu) for a in inputs), out)
+        out = device.tensor(case.poisoned(count))
+        with device.strict():
+            run(*(device.tensor(a) for a in inputs), out)
         case.check(inputs[0], out.numpy(), count, configs)
 
 
 @functools.cache
 def code_of(spec: LinearSpec) -> dict[str, str]:
-    return wgsl(build({"linear": linear_kernel(spec, device=WEBGPU)}))
+    return wgsl(build(DEVICES["webgpu"], {"linear": linear_kernel(spec, device=WEBGPU)}))
 
 
+@pytest.mark.on_metal(name="q4f16_1")
+@pytest.mark.on_metal(name="q3f16_1")
+@pytest.mark.on_metal(name="q4f16_0")
+@pytest.mark.on_metal(name="q0f16")
+@pytest.mark.on_metal(name="q8f32_1")
 @pytest.mark.parametrize("rows", [1, None])
 @pytest.mark.parametrize("name", NAMES)
-def test_every_scheme(webgpu: str, name: str, rows: int | None) -> None:
+def test_every_scheme(device: Device, name: str, rows: int | None) -> None:
     # N and K that no tile and no vector divides, K not a whole number of groups either.
     spec = linear_spec(name, 75, 202, out_dtype="float32", has_bias=True, rows=rows)
-    check(spec, ROWS[rows])
+    check(device, spec, ROWS[rows])
 
 
 @pytest.mark.parametrize("rows", [1, None])
 @pytest.mark.parametrize("name", DISTINCT)
-def test_shapes_that_vectors_divide(webgpu: str, name: str, rows: int | None) -> None:
-    check(linear_spec(name, 128, 640, rows=rows), ROWS[rows])
+def test_shapes_that_vectors_divide(device: Device, name: str, rows: int | None) -> None:
+    check(device, linear_spec(name, 128, 640, rows=rows), ROWS[rows])
 
 
+@pytest.mark.on_metal(name="q4f16_1")
 @pytest.mark.parametrize("name", ["q4f16_1", "q3f16_0"])
-def test_chosen_product_of_many_rows(webgpu: str, name: str) -> None:
-    check(linear_spec(name, 136, 120, has_bias=True), (64, 65, 129, 300), gemm=None)
+def test_chosen_product_of_many_rows(device: Device, name: str) -> None:
+    check(device, linear_spec(name, 136, 120, has_bias=True), (64, 65, 129, 300), gemm=None)
 
 
+@pytest.mark.on_metal(name="q4f16_0", k=7)
 @pytest.mark.parametrize("rows", [1, None])
 @pytest.mark.parametrize(
     ("name", "n", "k"),
@@ -92,46 +96,53 @@ def test_chosen_product_of_many_rows(webgpu: str, name: str) -> None:
         ("q0f16", 49, 150),
     ],
 )
-def test_odd_shapes(webgpu: str, name: str, n: int, k: int, rows: int | None) -> None:
-    check(linear_spec(name, n, k, rows=rows), (1,) if rows else (1, 9))
+def test_odd_shapes(device: Device, name: str, n: int, k: int, rows: int | None) -> None:
+    check(device, linear_spec(name, n, k, rows=rows), (1,) if rows else (1, 9))
 
 
+@pytest.mark.on_metal(x_dtype="float32", out_dtype="float16", bias_dtype="float32")
 @pytest.mark.parametrize("out_dtype", ["float32", "float16"])
 @pytest.mark.parametrize("x_dtype", ["float32", "float16"])
 @pytest.mark.parametrize("bias_dtype", ["float32", "float16"])
-def test_mixed_dtypes(webgpu: str, x_dtype: str, out_dtype: str, bias_dtype: str) -> None:
+def test_mixed_dtypes(device: Device, x_dtype: str, out_dtype: str, bias_dtype: str) -> None:
     dtypes = {"x_dtype": x_dtype, "out_dtype": out_dtype, "bias_dtype": bias_dtype}
     spec = linear_spec("q4f16_1", 20, 96, has_bias=True, **dtypes)
-    check(spec, (3, 11))
-    check(dataclasses.replace(spec, rows=1), (1,))
+    check(device, spec, (3, 11))
+    check(device, dataclasses.replace(spec, rows=1), (1,))
 
 
-def test_plain_weight_of_another_dtype(webgpu: str) -> None:
+@pytest.mark.on_metal
+def test_plain_weight_of_another_dtype(device: Device) -> None:
     spec = LinearSpec(96, 20, None, "float32", "float32", weight_dtype="float16")
-    check(spec, (3, 11))
-    check(dataclasses.replace(spec, rows=1), (1,))
+    check(device, spec, (3, 11))
+    check(device, dataclasses.replace(spec, rows=1), (1,))
 
 
-def test_group_of_more_words(webgpu: str) -> None:
+@pytest.mark.on_metal
+def test_group_of_more_words(device: Device) -> None:
     scheme = dataclasses.replace(SCHEMES["q4f16_1"], group_size=128)
     spec = LinearSpec(320, 24, scheme, "float16", "float32")
-    check(spec, (4, 12))
-    check(dataclasses.replace(spec, rows=1), (1,))
+    check(device, spec, (4, 12))
+    check(device, dataclasses.replace(spec, rows=1), (1,))
 
 
-def test_tied_embedding_of_a_transposed_scheme(webgpu: str) -> None:
+@pytest.mark.on_metal
+def test_tied_embedding_of_a_transposed_scheme(device: Device) -> None:
     scheme = dataclasses.replace(SCHEMES["q4f16_0"], layout="NK")
-    check(LinearSpec(96, 100, scheme, "float16", "float32", rows=1), (1,))
+    check(device, LinearSpec(96, 100, scheme, "float16", "float32", rows=1), (1,))
 
 
+@pytest.mark.on_metal(name="q3f16_1", words=4)
 @pytest.mark.parametrize("decode", ["bytes", "mantissa"])
 @pytest.mark.parametrize("words", [1, 4])
 @pytest.mark.parametrize("name", ["q3f16_1", "q4f32_1", "q8f32_1"])
-def test_gemv_loads_and_decoding(webgpu: str, name: str, words: int, decode: Any) -> None:
+def test_gemv_loads_and_decoding(device: Device, name: str, words: int, decode: Any) -> None:
     config = GemvConfig(lanes=16, teams=2, rows=3, words=words, unroll=2, decode=decode)
-    check(linear_spec(name, 45, 1360, rows=1), (1,), gemv=config)
+    check(device, linear_spec(name, 45, 1360, rows=1), (1,), gemv=config)
 
 
+@pytest.mark.on_metal(config=GemvConfig(lanes=256, teams=1, rows=4))
+@pytest.mark.on_metal(config=GemvConfig(lanes=2, teams=3, rows=7))
 @pytest.mark.parametrize(
     "config",
     [
@@ -144,26 +155,29 @@ def test_gemv_loads_and_decoding(webgpu: str, name: str, words: int, decode: Any
     ],
     ids=lambda c: c.label,
 )
-def test_gemv_cuts(webgpu: str, config: GemvConfig) -> None:
+def test_gemv_cuts(device: Device, config: GemvConfig) -> None:
     # More outputs than threads in the last, helpers in those of many lanes.
-    check(linear_spec("q4f32_1", 45, 1056, rows=1), (1,), gemv=config)
+    check(device, linear_spec("q4f32_1", 45, 1056, rows=1), (1,), gemv=config)
 
 
+@pytest.mark.on_metal(name="q4f32_1", k=9000)
 @pytest.mark.parametrize("k", [96, 1024, 9000])
 @pytest.mark.parametrize("name", ["q4f32_1", "q8f16_1"])
-def test_gemv_with_x_in_group_memory(webgpu: str, name: str, k: int) -> None:
+def test_gemv_with_x_in_group_memory(device: Device, name: str, k: int) -> None:
     # 9000 floats take two turns.
     config = GemvConfig(lanes=16, teams=2, rows=2, words=4, unroll=2, stage=True)
-    check(linear_spec(name, 20, k, rows=1), (1,), gemv=config)
+    check(device, linear_spec(name, 20, k, rows=1), (1,), gemv=config)
 
 
+@pytest.mark.on_metal(n=70, rows=4)
 @pytest.mark.parametrize("rows", [1, 2, 4])
 @pytest.mark.parametrize("n", [36, 70, 33])
-def test_transposed_columns(webgpu: str, n: int, rows: int) -> None:
+def test_transposed_columns(device: Device, n: int, rows: int) -> None:
     config = GemvConfig(lanes=8, teams=8, rows=rows)
-    check(linear_spec("q4f16_0", n, 360, rows=1), (1,), gemv=config)
+    check(device, linear_spec("q4f16_0", n, 360, rows=1), (1,), gemv=config)
 
 
+@pytest.mark.on_metal(name="q4f32_1", config=GemmConfig(128, 128, 32, 8, 8))
 @pytest.mark.parametrize(
     "config",
     [
@@ -174,14 +188,16 @@ def test_transposed_columns(webgpu: str, n: int, rows: int) -> None:
     ids=lambda c: c.label,
 )
 @pytest.mark.parametrize("name", ["q3f16_1", "q4f32_1"])
-def test_gemm_cuts(webgpu: str, name: str, config: GemmConfig) -> None:
-    check(linear_spec(name, 75, 200), (70,), gemm=config)
+def test_gemm_cuts(device: Device, name: str, config: GemmConfig) -> None:
+    check(device, linear_spec(name, 75, 200), (70,), gemm=config)
 
 
+@pytest.mark.on_metal(name="q4f16_1")
 @pytest.mark.parametrize("rows", [1, None])
 @pytest.mark.parametrize("name", ["q4f16_1", "q4f16_0", "q0f32"])
-def test_a_smaller_device(webgpu: str, name: str, rows: int | None) -> None:
-    check(linear_spec(name, 75, 200, rows=rows), ROWS[rows], device=SMALL, gemm=None)
+def test_a_smaller_device(device: Device, name: str, rows: int | None) -> None:
+    small = device.smaller(max_threads=64, shared_bytes=8 << 10)
+    check(small, linear_spec(name, 75, 200, rows=rows), ROWS[rows], gemm=None)
 
 
 @pytest.mark.parametrize("name", [n for n in SCHEMES if n not in NAMES])
@@ -189,23 +205,23 @@ def test_no_kernel_for_bfloat16(name: str) -> None:
     assert linear_kernel(linear_spec(name, 64, 64), device=WEBGPU) is None
 
 
-def test_relax_call_tir_with_symbolic_rows(webgpu: str) -> None:
+@pytest.mark.on_metal
+def test_relax_call_tir_with_symbolic_rows(device: Device) -> None:
     spec = linear_spec("q4f32_1", 12, 64)
     case = LinearCase.random(spec)
     builder = relax.BlockBuilder()
     arguments = [("x", (tvm.tirx.Var("n", "int64"), 64), "float32"), *spec.weight_shapes()]
     x, *weight = (relax.Var(n, relax.TensorType(s, d)) for n, s, d in arguments)
-    kernel = builder.add_func(linear_kernel(spec, device=WEBGPU), "linear")
+    kernel = builder.add_func(linear_kernel(spec, device=device.limits), "linear")
     with builder.function("main", [x, *weight]):
         out = relax.TensorType((x.ty.shape[0], 12), "float32")
         builder.emit_func_output(builder.emit(relax.call_tir(kernel, [x, *weight], out)))
-    target = tvm.target.Target({"kind": "webgpu", "host": {"kind": "llvm"}})
     machine = relax.VirtualMachine(
-        loaded(relax.build(builder.get(), target)), tvm.device("webgpu", 0)
+        loaded(relax.build(builder.get(), device.target)), tvm.device(device.name, 0)
     )
     for count in (3, 11):
         inputs = case.inputs(count)
-        tensors = [tvm.runtime.tensor(a, tvm.device("webgpu", 0)) for a in inputs]
+        tensors = [device.tensor(a) for a in inputs]
         case.check(inputs[0], machine["main"](*tensors).numpy(), count)
 
 
@@ -219,7 +235,7 @@ SHAPES = [(3072, 2048), (2048, 2048), (16384, 2048), (2048, 8192), (128256, 2048
 def test_decode_has_few_barriers(name: str, n: int, k: int) -> None:
     # Each costs a software adapter a turn through all threads.
     (code,) = code_of(linear_spec(name, n, k, rows=1)).values()
-    check_limits("linear", code, WEBGPU)
+    check_wgsl("linear", code, WEBGPU)
     loops = re.findall(r"for \([^{]*\{[^}]*workgroupBarrier", code)
     assert not loops
     assert code.count("workgroupBarrier()") <= 3
