@@ -475,17 +475,16 @@ TURNS = 8
 for 500 weights, and more in groups of more than 64."""
 GROUP = 64
 LONG_ROW = 256
-"""Words of a row from which many lanes with 16-byte loads pay, with float16 activations: the best or
-within 2 % of it over the shapes of Llama-3.2-1B and 3.1-8B (benchmarks/NOTES.md)."""
+"""Words of a row from which many lanes with 16-byte loads pay, with float16 activations: the best
+or within 2 % of it over the shapes of Llama-3.2-1B and 3.1-8B (benchmarks/NOTES.md)."""
 
 
 def choose(n: int, k: int, scheme: QuantScheme | None, m: int, device: GPUDevice) -> GemvConfig:
     """The configuration for a weight [n, k] and m rows of x."""
     if scheme is not None and scheme.layout == "KN":
         return fit(GemvConfig(lanes=16, teams=16, rows=2 if m == 1 else 1), m, device)
-    if scheme is not None and scheme.model_dtype == "float16" and m == 1:
-        if scheme.num_words(k) >= LONG_ROW:
-            return fit(GemvConfig(lanes=128, teams=1, rows=4, words=4), m, device)
+    if m == 1 and scheme is not None and _is_long(scheme, k):
+        return fit(GemvConfig(lanes=128, teams=1, rows=4, words=4), m, device)
     words = 4 if scheme is None else 1
     pieces = -(-k // words) if scheme is None else scheme.num_words(k)
     lanes = 8
@@ -496,6 +495,10 @@ def choose(n: int, k: int, scheme: QuantScheme | None, m: int, device: GPUDevice
     if lanes >= 32 and _threads(n, config) < BUSY_THREADS:
         config = replace(config, rows=2)
     return fit(config, m, device)
+
+
+def _is_long(scheme: QuantScheme, k: int) -> bool:
+    return scheme.model_dtype == "float16" and scheme.num_words(k) >= LONG_ROW
 
 
 def _threads(n: int, config: GemvConfig) -> int:

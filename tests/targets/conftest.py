@@ -16,18 +16,18 @@ HERE = Path(__file__).parent
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers",
-        "on_metal(name=value, ...): with these parameters, not slow on the emulated Metal device",
+        "emulated(name=value, ...): not slow on the emulated Metal device with these parameters",
     )
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """On the emulated Metal device everything is slow but what a mark `on_metal` names."""
+    """On the emulated Metal device everything is slow but what a mark `emulated` names."""
     for item in items:
         parameters = getattr(item, "callspec", None) and item.callspec.params
         if item.path.parent != HERE or not parameters or parameters.get("device") != "metal":
             continue
-        chosen = [mark.kwargs for mark in item.iter_markers("on_metal")]
+        chosen = [mark.kwargs for mark in item.iter_markers("emulated")]
         assert all(kwargs.keys() <= parameters.keys() for kwargs in chosen), item.nodeid
         if not any(all(parameters[k] == v for k, v in kwargs.items()) for kwargs in chosen):
             item.add_marker(pytest.mark.slow)

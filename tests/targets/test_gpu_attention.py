@@ -178,7 +178,7 @@ def causal_mask(rows: int, keys: int, causal: int) -> np.ndarray:
     return distance <= (0 if causal else keys + rows)
 
 
-@pytest.mark.on_metal(shape=SHAPES[1])
+@pytest.mark.emulated(shape=SHAPES[1])
 @every_shape
 def test_decode(device: Device, shape: tuple[int, int, int, str]) -> None:
     for seed, lens in enumerate([[1], [300], [0, 16, 37, 1, 260], [0], [700, 3]]):
@@ -194,7 +194,7 @@ def test_decode(device: Device, shape: tuple[int, int, int, str]) -> None:
         call.check([np.ones((1, n), bool) for n in lens])
 
 
-@pytest.mark.on_metal(shape=SHAPES[1], causal=1)
+@pytest.mark.emulated(shape=SHAPES[1], causal=1)
 @pytest.mark.parametrize("causal", [0, 1])
 @every_shape
 def test_prefill_paged(device: Device, shape: tuple[int, int, int, str], causal: int) -> None:
@@ -215,7 +215,7 @@ def test_prefill_paged(device: Device, shape: tuple[int, int, int, str], causal:
         call.check([causal_mask(r, n, causal) for r, n in zip(rows, lens, strict=True)])
 
 
-@pytest.mark.on_metal(shape=SHAPES[1], causal=1)
+@pytest.mark.emulated(shape=SHAPES[1], causal=1)
 @pytest.mark.parametrize("causal", [0, 1])
 @every_shape
 def test_prefill_ragged(device: Device, shape: tuple[int, int, int, str], causal: int) -> None:
@@ -235,7 +235,7 @@ def test_prefill_ragged(device: Device, shape: tuple[int, int, int, str], causal
         call.check([causal_mask(r, n, causal) for r, n in zip(rows, lens, strict=True)])
 
 
-@pytest.mark.on_metal(shape=SHAPES[0], sink=5)
+@pytest.mark.emulated(shape=SHAPES[0], sink=5)
 @pytest.mark.parametrize("decoding", [True, False])
 @pytest.mark.parametrize("sink", [5, *slow(0)])
 @pytest.mark.parametrize("shape", [SHAPES[0], *slow(SHAPES[1], *MORE_SHAPES)], ids=str)
@@ -297,7 +297,7 @@ def random_tree(rng: np.random.Generator, nodes: int) -> tuple[list[list[int]], 
     return [[place[n], place[n] + int(size[n])] for n in range(nodes)], sees
 
 
-@pytest.mark.on_metal(shape=SHAPES[1])
+@pytest.mark.emulated(shape=SHAPES[1])
 @pytest.mark.parametrize("paged", [False, True])
 @every_shape
 def test_trees(device: Device, shape: tuple[int, int, int, str], paged: bool) -> None:
@@ -336,7 +336,7 @@ def test_trees(device: Device, shape: tuple[int, int, int, str], paged: bool) ->
         call.check(visible)
 
 
-@pytest.mark.on_metal(shape=SHAPES[1])
+@pytest.mark.emulated(shape=SHAPES[1])
 @every_shape
 def test_merge_state(device: Device, shape: tuple[int, int, int, str]) -> None:
     spec = numbers(shape)
@@ -359,7 +359,7 @@ def test_merge_state(device: Device, shape: tuple[int, int, int, str]) -> None:
     assert (out[3] == 0).all() and (lse[3] < -1e28).all()
 
 
-@pytest.mark.on_metal(shape=SHAPES[1])
+@pytest.mark.emulated(shape=SHAPES[1])
 @every_shape
 @pytest.mark.parametrize("window", [None, 100])
 def test_split_rotary(device: Device, shape: tuple[int, int, int, str], window: int | None) -> None:
@@ -391,7 +391,7 @@ def test_split_rotary(device: Device, shape: tuple[int, int, int, str], window: 
         np.testing.assert_allclose(got, want, atol=5 * scale, rtol=scale)
 
 
-@pytest.mark.on_metal(shape=SHAPES[1])
+@pytest.mark.emulated(shape=SHAPES[1])
 @every_shape
 def test_append_copy_compact_and_read_back(
     device: Device, shape: tuple[int, int, int, str]
@@ -454,7 +454,7 @@ GROUPS = [
 ]
 
 
-@pytest.mark.on_metal(shape=GROUPS[1])
+@pytest.mark.emulated(shape=GROUPS[1])
 @pytest.mark.parametrize("shape", GROUPS)
 def test_prefill_decode_and_batches(gpu_cache: Make, shape: dict[str, Any]) -> None:
     scenarios.prefill_decode_and_batches(gpu_cache, **shape)
@@ -469,7 +469,7 @@ def test_chunks_of_odd_lengths_and_long_decode(gpu_cache: Make) -> None:
     scenarios.chunks_of_odd_lengths(gpu_cache)
 
 
-@pytest.mark.on_metal(position=17)
+@pytest.mark.emulated(position=17)
 @pytest.mark.parametrize("position", [17, -1, *slow(1, 15, 16, 32, 40, 48)])
 def test_fork(gpu_cache: Make, position: int) -> None:
     scenarios.forks(gpu_cache, position)
@@ -494,7 +494,7 @@ def test_slots_never_written_may_hold_nan(gpu_cache: Make, window: int | None) -
     scenarios.unwritten_slots(gpu_cache, window)
 
 
-@pytest.mark.on_metal
+@pytest.mark.emulated
 def test_trees_and_their_commit(gpu_cache: Make) -> None:
     scenarios.trees_and_commit(gpu_cache, [([-1, 0, 0, 1, 2, -1], 2)])
 
@@ -517,12 +517,12 @@ def test_window_smaller_than_what_the_runtime_keeps(gpu_cache: Make) -> None:
     scenarios.roomy_window(gpu_cache)
 
 
-@pytest.mark.on_metal
+@pytest.mark.emulated
 def test_attention_sinks(gpu_cache: Make) -> None:
     scenarios.attention_sinks(gpu_cache)
 
 
-@pytest.mark.on_metal
+@pytest.mark.emulated
 def test_debug_get_kv_returns_rotated_keys_and_values(gpu_cache: Make) -> None:
     scenarios.debug_get_kv(gpu_cache)
 

@@ -82,8 +82,8 @@ def test_launches_keep_to_the_device(kind: Device, dtype: str, small: bool) -> N
         assert any(word in code for word in ("enable f16", "half")) <= (dtype == "float16")
 
 
-@pytest.mark.on_metal(dtype="float16", width=1000, rows=5)
-@pytest.mark.on_metal(dtype="float16", width=7, rows=1)
+@pytest.mark.emulated(dtype="float16", width=1000, rows=5)
+@pytest.mark.emulated(dtype="float16", width=7, rows=1)
 @pytest.mark.parametrize("rows", [1, 5, 300])
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -95,8 +95,8 @@ def test_rms_norm(device: Device, dtype: str, width: int, rows: int) -> None:
         assert_close(*call(device, function, [(x.shape, dtype)], x, w), expected, dtype)
 
 
-@pytest.mark.on_metal(dtype="float16", width=1000, rows=5)
-@pytest.mark.on_metal(dtype="float32", width=576, rows=1)
+@pytest.mark.emulated(dtype="float16", width=1000, rows=5)
+@pytest.mark.emulated(dtype="float32", width=576, rows=1)
 @pytest.mark.parametrize("rows", [1, 5, 300])
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -111,7 +111,7 @@ def test_add_rms_norm(device: Device, dtype: str, width: int, rows: int) -> None
         assert_close(normed, reference_norm(total, w), dtype)
 
 
-@pytest.mark.on_metal(dtype="float16")
+@pytest.mark.emulated(dtype="float16")
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_small_groups(device: Device, dtype: str) -> None:
     x, w = random(dtype, 3, 1000, scale=3), random(dtype, 1000, seed=1)
@@ -121,22 +121,22 @@ def test_small_groups(device: Device, dtype: str) -> None:
     assert_close(out, reference_norm(x, w), dtype)
 
 
-@pytest.mark.on_metal
+@pytest.mark.emulated
 def test_rms_norm_epsilon_keeps_a_zero_row_finite(device: Device) -> None:
     x, w = np.zeros((2, 256), np.float32), np.ones(256, np.float32)
     function = library(device, "float32")["rms_norm_256"]
     np.testing.assert_array_equal(*call(device, function, [(x.shape, "float32")], x, w), x)
 
 
-@pytest.mark.on_metal
+@pytest.mark.emulated
 def test_float16_squares_do_not_overflow(device: Device) -> None:
     x, w = np.full((1, 256), 3000, np.float16), np.ones(256, np.float16)
     (out,) = call(device, library(device, "float16")["rms_norm_256"], [(x.shape, "float16")], x, w)
     np.testing.assert_array_equal(out, np.ones_like(x))
 
 
-@pytest.mark.on_metal(dtype="float16", head_dim=80)
-@pytest.mark.on_metal(dtype="float32", head_dim=64, rows=1)
+@pytest.mark.emulated(dtype="float16", head_dim=80)
+@pytest.mark.emulated(dtype="float32", head_dim=64, rows=1)
 @pytest.mark.parametrize("rows", [1, 100])
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -159,7 +159,7 @@ def check_gated(device: Device, function: Any, activation: str, x: np.ndarray, d
     assert_close(out, expected, dtype, ACTIVATION_TOLERANCE[dtype])
 
 
-@pytest.mark.on_metal(dtype="float16")
+@pytest.mark.emulated(dtype="float16")
 @pytest.mark.parametrize("activation", elementwise.ACTIVATIONS)
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_gated_activation(device: Device, dtype: str, activation: str) -> None:
@@ -170,7 +170,7 @@ def test_gated_activation(device: Device, dtype: str, activation: str) -> None:
         )
 
 
-@pytest.mark.on_metal(dtype="float16", width=1000)
+@pytest.mark.emulated(dtype="float16", width=1000)
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_gated_activation_of_other_widths(device: Device, dtype: str, width: int) -> None:
@@ -179,7 +179,7 @@ def test_gated_activation_of_other_widths(device: Device, dtype: str, width: int
         check_gated(device, library(device, dtype)[f"silu_{width}{suffix}"], "silu", x, dtype)
 
 
-@pytest.mark.on_metal
+@pytest.mark.emulated
 @pytest.mark.parametrize("activation", elementwise.ACTIVATIONS)
 def test_activations_at_extremes(device: Device, activation: str) -> None:
     """Large inputs saturate."""
@@ -245,7 +245,7 @@ def embeddings(device: Device) -> Any:
     )
 
 
-@pytest.mark.on_metal(hidden=83)
+@pytest.mark.emulated(hidden=83)
 @pytest.mark.parametrize("hidden", HIDDENS)
 @pytest.mark.parametrize("name", TABLES)
 def test_embedding(device: Device, name: str, hidden: int) -> None:

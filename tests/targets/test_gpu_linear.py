@@ -56,11 +56,11 @@ def code_of(spec: LinearSpec) -> dict[str, str]:
     return wgsl(build(DEVICES["webgpu"], {"linear": linear_kernel(spec, device=WEBGPU)}))
 
 
-@pytest.mark.on_metal(name="q4f16_1")
-@pytest.mark.on_metal(name="q3f16_1")
-@pytest.mark.on_metal(name="q4f16_0")
-@pytest.mark.on_metal(name="q0f16")
-@pytest.mark.on_metal(name="q8f32_1")
+@pytest.mark.emulated(name="q4f16_1")
+@pytest.mark.emulated(name="q3f16_1")
+@pytest.mark.emulated(name="q4f16_0")
+@pytest.mark.emulated(name="q0f16")
+@pytest.mark.emulated(name="q8f32_1")
 @pytest.mark.parametrize("rows", [1, None])
 @pytest.mark.parametrize("name", NAMES)
 def test_every_scheme(device: Device, name: str, rows: int | None) -> None:
@@ -75,13 +75,13 @@ def test_shapes_that_vectors_divide(device: Device, name: str, rows: int | None)
     check(device, linear_spec(name, 128, 640, rows=rows), ROWS[rows])
 
 
-@pytest.mark.on_metal(name="q4f16_1")
+@pytest.mark.emulated(name="q4f16_1")
 @pytest.mark.parametrize("name", ["q4f16_1", "q3f16_0"])
 def test_chosen_product_of_many_rows(device: Device, name: str) -> None:
     check(device, linear_spec(name, 136, 120, has_bias=True), (64, 65, 129, 300), gemm=None)
 
 
-@pytest.mark.on_metal(name="q4f16_0", k=7)
+@pytest.mark.emulated(name="q4f16_0", k=7)
 @pytest.mark.parametrize("rows", [1, None])
 @pytest.mark.parametrize(
     ("name", "n", "k"),
@@ -100,7 +100,7 @@ def test_odd_shapes(device: Device, name: str, n: int, k: int, rows: int | None)
     check(device, linear_spec(name, n, k, rows=rows), (1,) if rows else (1, 9))
 
 
-@pytest.mark.on_metal(x_dtype="float32", out_dtype="float16", bias_dtype="float32")
+@pytest.mark.emulated(x_dtype="float32", out_dtype="float16", bias_dtype="float32")
 @pytest.mark.parametrize("out_dtype", ["float32", "float16"])
 @pytest.mark.parametrize("x_dtype", ["float32", "float16"])
 @pytest.mark.parametrize("bias_dtype", ["float32", "float16"])
@@ -111,14 +111,14 @@ def test_mixed_dtypes(device: Device, x_dtype: str, out_dtype: str, bias_dtype: 
     check(device, dataclasses.replace(spec, rows=1), (1,))
 
 
-@pytest.mark.on_metal
+@pytest.mark.emulated
 def test_plain_weight_of_another_dtype(device: Device) -> None:
     spec = LinearSpec(96, 20, None, "float32", "float32", weight_dtype="float16")
     check(device, spec, (3, 11))
     check(device, dataclasses.replace(spec, rows=1), (1,))
 
 
-@pytest.mark.on_metal
+@pytest.mark.emulated
 def test_group_of_more_words(device: Device) -> None:
     scheme = dataclasses.replace(SCHEMES["q4f16_1"], group_size=128)
     spec = LinearSpec(320, 24, scheme, "float16", "float32")
@@ -126,13 +126,13 @@ def test_group_of_more_words(device: Device) -> None:
     check(device, dataclasses.replace(spec, rows=1), (1,))
 
 
-@pytest.mark.on_metal
+@pytest.mark.emulated
 def test_tied_embedding_of_a_transposed_scheme(device: Device) -> None:
     scheme = dataclasses.replace(SCHEMES["q4f16_0"], layout="NK")
     check(device, LinearSpec(96, 100, scheme, "float16", "float32", rows=1), (1,))
 
 
-@pytest.mark.on_metal(name="q3f16_1", words=4)
+@pytest.mark.emulated(name="q3f16_1", words=4)
 @pytest.mark.parametrize("decode", ["bytes", "mantissa"])
 @pytest.mark.parametrize("words", [1, 4])
 @pytest.mark.parametrize("name", ["q3f16_1", "q4f32_1", "q8f32_1"])
@@ -141,8 +141,8 @@ def test_gemv_loads_and_decoding(device: Device, name: str, words: int, decode: 
     check(device, linear_spec(name, 45, 1360, rows=1), (1,), gemv=config)
 
 
-@pytest.mark.on_metal(config=GemvConfig(lanes=256, teams=1, rows=4))
-@pytest.mark.on_metal(config=GemvConfig(lanes=2, teams=3, rows=7))
+@pytest.mark.emulated(config=GemvConfig(lanes=256, teams=1, rows=4))
+@pytest.mark.emulated(config=GemvConfig(lanes=2, teams=3, rows=7))
 @pytest.mark.parametrize(
     "config",
     [
@@ -160,7 +160,7 @@ def test_gemv_cuts(device: Device, config: GemvConfig) -> None:
     check(device, linear_spec("q4f32_1", 45, 1056, rows=1), (1,), gemv=config)
 
 
-@pytest.mark.on_metal(name="q4f32_1", k=9000)
+@pytest.mark.emulated(name="q4f32_1", k=9000)
 @pytest.mark.parametrize("k", [96, 1024, 9000])
 @pytest.mark.parametrize("name", ["q4f32_1", "q8f16_1"])
 def test_gemv_with_x_in_group_memory(device: Device, name: str, k: int) -> None:
@@ -169,7 +169,7 @@ def test_gemv_with_x_in_group_memory(device: Device, name: str, k: int) -> None:
     check(device, linear_spec(name, 20, k, rows=1), (1,), gemv=config)
 
 
-@pytest.mark.on_metal(n=70, rows=4)
+@pytest.mark.emulated(n=70, rows=4)
 @pytest.mark.parametrize("rows", [1, 2, 4])
 @pytest.mark.parametrize("n", [36, 70, 33])
 def test_transposed_columns(device: Device, n: int, rows: int) -> None:
@@ -177,7 +177,7 @@ def test_transposed_columns(device: Device, n: int, rows: int) -> None:
     check(device, linear_spec("q4f16_0", n, 360, rows=1), (1,), gemv=config)
 
 
-@pytest.mark.on_metal(name="q4f32_1", config=GemmConfig(128, 128, 32, 8, 8))
+@pytest.mark.emulated(name="q4f32_1", config=GemmConfig(128, 128, 32, 8, 8))
 @pytest.mark.parametrize(
     "config",
     [
@@ -192,7 +192,7 @@ def test_gemm_cuts(device: Device, name: str, config: GemmConfig) -> None:
     check(device, linear_spec(name, 75, 200), (70,), gemm=config)
 
 
-@pytest.mark.on_metal(name="q4f16_1")
+@pytest.mark.emulated(name="q4f16_1")
 @pytest.mark.parametrize("rows", [1, None])
 @pytest.mark.parametrize("name", ["q4f16_1", "q4f16_0", "q0f32"])
 def test_a_smaller_device(device: Device, name: str, rows: int | None) -> None:
@@ -205,7 +205,7 @@ def test_no_kernel_for_bfloat16(name: str) -> None:
     assert linear_kernel(linear_spec(name, 64, 64), device=WEBGPU) is None
 
 
-@pytest.mark.on_metal
+@pytest.mark.emulated
 def test_relax_call_tir_with_symbolic_rows(device: Device) -> None:
     spec = linear_spec("q4f32_1", 12, 64)
     case = LinearCase.random(spec)

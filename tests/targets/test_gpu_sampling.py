@@ -91,7 +91,7 @@ def test_launches_keep_to_the_device(kind: Device, vocab: int) -> None:
     assert len(check_limits(kind, built(kind, vocab))) >= len(SAMPLING_FUNCTIONS)
 
 
-@pytest.mark.on_metal
+@pytest.mark.emulated
 def test_smaller_devices_get_smaller_groups(device: Device) -> None:
     small = device.smaller(max_threads=64, shared_bytes=16 << 10)
     for name, code in check_limits(small, built(small, 4097)).items():
@@ -110,8 +110,8 @@ def test_smaller_devices_get_smaller_groups(device: Device) -> None:
 # --- softmax_with_temperature
 
 
-@pytest.mark.on_metal(vocab=4097, batch=3)
-@pytest.mark.on_metal(vocab=3, batch=1)
+@pytest.mark.emulated(vocab=4097, batch=3)
+@pytest.mark.emulated(vocab=3, batch=1)
 @batches
 @sizes
 def test_softmax(device: Device, vocab: int, batch: int) -> None:
@@ -128,7 +128,7 @@ def test_softmax(device: Device, vocab: int, batch: int) -> None:
         np.testing.assert_allclose(out.sum(-1, dtype=np.float64), 1, rtol=1e-5)
 
 
-@pytest.mark.on_metal(vocab=255)
+@pytest.mark.emulated(vocab=255)
 @sizes
 def test_softmax_of_equal_logits(device: Device, vocab: int) -> None:
     active = VOCABULARIES[vocab]
@@ -141,7 +141,7 @@ def test_softmax_of_equal_logits(device: Device, vocab: int) -> None:
         assert not out[:, :, active:].any()
 
 
-@pytest.mark.on_metal
+@pytest.mark.emulated
 def test_softmax_greedy_ties_go_to_the_first(device: Device) -> None:
     """Within a thread, a tile, and between tiles."""
     for ties in ([17, 18, 3000], [300, 44], [44 + 256, 44], [2047, 2048], [4000, 3999], [2100, 50]):
@@ -153,7 +153,7 @@ def test_softmax_greedy_ties_go_to_the_first(device: Device) -> None:
         assert out[0, 0, min(ties)] == 1
 
 
-@pytest.mark.on_metal
+@pytest.mark.emulated
 def test_softmax_after_a_bitmask_and_at_extremes(device: Device) -> None:
     """Masked logits (the lowest float32) get exactly 0, also where dividing overflows."""
     logits = np.full((5, 1, 255), LOWEST, np.float32)
@@ -171,7 +171,7 @@ def test_softmax_after_a_bitmask_and_at_extremes(device: Device) -> None:
 # --- functions in place
 
 
-@pytest.mark.on_metal(vocab=4097)
+@pytest.mark.emulated(vocab=4097)
 @sizes
 def test_logit_bias(device: Device, vocab: int) -> None:
     rng = np.random.default_rng(3)
@@ -185,7 +185,7 @@ def test_logit_bias(device: Device, vocab: int) -> None:
     np.testing.assert_array_equal(out, expected)
 
 
-@pytest.mark.on_metal(vocab=4097)
+@pytest.mark.emulated(vocab=4097)
 @sizes
 def test_penalties(device: Device, vocab: int) -> None:
     rng = np.random.default_rng(4)
@@ -203,7 +203,7 @@ def test_penalties(device: Device, vocab: int) -> None:
     np.testing.assert_array_equal(out[[0, 2]], logits[[0, 2]])
 
 
-@pytest.mark.on_metal(vocab=4097)
+@pytest.mark.emulated(vocab=4097)
 @sizes
 def test_bitmask(device: Device, vocab: int) -> None:
     rng = np.random.default_rng(5)
@@ -216,7 +216,7 @@ def test_bitmask(device: Device, vocab: int) -> None:
     np.testing.assert_array_equal(out, reference_bitmask(logits, seq_ids, bitmask))
 
 
-@pytest.mark.on_metal
+@pytest.mark.emulated
 def test_empty_lists_change_nothing(device: Device) -> None:
     logits = random_probs(255, 2)
     none, nothing = np.zeros(0, np.int32), np.zeros(0, np.float32)
@@ -227,7 +227,7 @@ def test_empty_lists_change_nothing(device: Device) -> None:
     np.testing.assert_array_equal(out, logits)
 
 
-@pytest.mark.on_metal(vocab=4097)
+@pytest.mark.emulated(vocab=4097)
 @sizes
 def test_scatter_and_gather(device: Device, vocab: int) -> None:
     src, dst = random_probs(vocab, 3), np.full((5, vocab), -1, np.float32)
@@ -243,8 +243,8 @@ def test_scatter_and_gather(device: Device, vocab: int) -> None:
 # --- sorting
 
 
-@pytest.mark.on_metal(vocab=4097, batch=3)
-@pytest.mark.on_metal(vocab=1, batch=1)
+@pytest.mark.emulated(vocab=4097, batch=3)
+@pytest.mark.emulated(vocab=1, batch=1)
 @batches
 @sizes
 def test_argsort(device: Device, vocab: int, batch: int) -> None:
@@ -258,7 +258,7 @@ def test_argsort(device: Device, vocab: int, batch: int) -> None:
     np.testing.assert_array_equal(values, expected_values)
 
 
-@pytest.mark.on_metal(vocab=4097)
+@pytest.mark.emulated(vocab=4097)
 @sizes
 def test_argsort_of_ties_and_of_sorted_rows(device: Device, vocab: int) -> None:
     """Equal values keep their order across tiles and runs; sorted and reversed rows."""
@@ -269,7 +269,7 @@ def test_argsort_of_ties_and_of_sorted_rows(device: Device, vocab: int) -> None:
     np.testing.assert_array_equal(values, sort(probs)[0])
 
 
-@pytest.mark.on_metal
+@pytest.mark.emulated
 def test_argsort_orders_any_float(device: Device) -> None:
     """Negative numbers, infinities, denormals; -0 ties with 0."""
     probs = np.zeros((1, 255), np.float32)
@@ -313,8 +313,8 @@ def some_uniform(rng: np.random.Generator, count: int) -> np.ndarray:
     return uniform
 
 
-@pytest.mark.on_metal(vocab=4097, top_p=0.9)
-@pytest.mark.on_metal(vocab=3, top_p=0.3)
+@pytest.mark.emulated(vocab=4097, top_p=0.9)
+@pytest.mark.emulated(vocab=3, top_p=0.3)
 @pytest.mark.parametrize("top_p", TOP_P)
 @sizes
 def test_sample_with_top_p(device: Device, vocab: int, top_p: float) -> None:
@@ -329,7 +329,7 @@ def test_sample_with_top_p(device: Device, vocab: int, top_p: float) -> None:
     check_samples(values, order, out, uniform, rows, p)
 
 
-@pytest.mark.on_metal(count=5)
+@pytest.mark.emulated(count=5)
 @pytest.mark.parametrize("count", [1, 5])
 def test_one_sample_of_one_row(device: Device, count: int) -> None:
     """What a browser asks for."""
@@ -341,7 +341,7 @@ def test_one_sample_of_one_row(device: Device, count: int) -> None:
     check_samples(values, order, out, uniform, rows, p)
 
 
-@pytest.mark.on_metal
+@pytest.mark.emulated
 def test_top_p_cuts_at_the_first_prefix_that_reaches_it(device: Device) -> None:
     """0.5 + 0.25 reaches 0.75: the third token is out; just above, it is in."""
     values = np.zeros((1, 255), np.float32)
@@ -375,7 +375,7 @@ def test_sums_of_every_level_are_exact_where_float32_is(device: Device) -> None:
     np.testing.assert_array_equal(out, ranks)
 
 
-@pytest.mark.on_metal(vocab=4097)
+@pytest.mark.emulated(vocab=4097)
 @sizes
 def test_multinomial(device: Device, vocab: int) -> None:
     rng = np.random.default_rng(7)
@@ -391,7 +391,7 @@ def test_multinomial(device: Device, vocab: int) -> None:
         assert cumulative[token] - probs[r, token] <= u + TOLERANCE
 
 
-@pytest.mark.on_metal
+@pytest.mark.emulated
 def test_multinomial_never_draws_an_impossible_id(device: Device) -> None:
     """A row that sums to less than uniform falls back to the last possible id."""
     probs = np.zeros((1, 4097), np.float32)
@@ -426,7 +426,7 @@ def test_draws_follow_the_distribution(device: Device, vocab: int) -> None:
     assert abs(statistic - freedom) < 4 * np.sqrt(2 * freedom)
 
 
-@pytest.mark.on_metal(vocab=4097)
+@pytest.mark.emulated(vocab=4097)
 @sizes
 def test_take_probs(device: Device, vocab: int) -> None:
     rng = np.random.default_rng(8)
@@ -443,7 +443,7 @@ def test_take_probs(device: Device, vocab: int) -> None:
     np.testing.assert_array_equal(top_probs, probs[offsets // vocab, top_indices])
 
 
-@pytest.mark.on_metal(vocab=4097, top_p=0.9)
+@pytest.mark.emulated(vocab=4097, top_p=0.9)
 @pytest.mark.parametrize("top_p", TOP_P)
 @sizes
 def test_renormalize_by_top_p(device: Device, vocab: int, top_p: float) -> None:
@@ -471,7 +471,7 @@ def test_renormalize_by_top_p(device: Device, vocab: int, top_p: float) -> None:
         np.testing.assert_allclose(out[i], np.where(kept, row, 0) / mass, rtol=1e-5)
 
 
-@pytest.mark.on_metal
+@pytest.mark.emulated
 def test_renormalize_keeps_all_of_a_tie(device: Device) -> None:
     probs = np.zeros((1, 255), np.float32)
     probs[0, :5] = [0.25, 0.125, 0.25, 0.125, 0.25]
@@ -484,7 +484,7 @@ def test_renormalize_keeps_all_of_a_tie(device: Device) -> None:
 # --- speculative decoding
 
 
-@pytest.mark.on_metal(vocab=255)
+@pytest.mark.emulated(vocab=255)
 @pytest.mark.parametrize("vocab", [3, 255, 4097])
 def test_verify_draft_tokens(device: Device, vocab: int) -> None:
     outcomes = set()
@@ -506,7 +506,7 @@ def test_verify_draft_tokens(device: Device, vocab: int) -> None:
     assert len(outcomes) >= 4  # accepted at the first, at a later sibling, below; none accepted
 
 
-@pytest.mark.on_metal
+@pytest.mark.emulated
 def test_verify_accepts_when_nothing_is_left_of_the_model(device: Device) -> None:
     """Equal distributions leave no excess; an impossible draft token is then taken, as in MLC."""
     probs = np.tile(np.float32([0, 0.5, 0.5]), (12, 1))
@@ -521,7 +521,7 @@ def test_verify_accepts_when_nothing_is_left_of_the_model(device: Device) -> Non
 # --- attached to a library
 
 
-@pytest.mark.on_metal
+@pytest.mark.emulated
 def test_the_attached_functions_sample(device: Device) -> None:
     """Through relax: workspaces allocated, in-place functions called as PrimFuncs."""
     vocab = 4097

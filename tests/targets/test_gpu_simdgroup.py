@@ -53,7 +53,7 @@ def build(folder: Path, spec: LinearSpec, device: GPUDevice) -> tuple[Any, dict[
 
 
 def expected(spec: LinearSpec) -> LinearCase:
-    """Operands and the weight that the kernel multiplies with."""
+    """Operands, and the weight that matrices multiply with (GEMV kernels round none)."""
     case = LinearCase.random(spec)
     halves = spec.scheme is not None and spec.scheme.model_dtype == spec.x_dtype == "float16"
     if halves:  # dequantised to float16
@@ -97,12 +97,11 @@ def test_product(tmp_path: Path, name: str, n: int, k: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("out_dtype", ["float16", "float32"])
-@pytest.mark.parametrize(("n", "k"), [(75, 202), (1, 1), (130, 33), (66, 320), (192, 256)])
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (130, 33), (75, 320), (192, 256)])
 @pytest.mark.parametrize("name", NAMES)
-def test_every_scheme(tmp_path: Path, name: str, n: int, k: int, out_dtype: str) -> None:
-    spec = linear_spec(name, n, k, out_dtype=out_dtype, has_bias=n % 2 == 1)
-    check(tmp_path, spec, (1, FEW_ROWS, *ROWS, 64, 129))
+def test_every_scheme(tmp_path: Path, name: str, n: int, k: int) -> None:
+    more = {"out_dtype": "float32", "has_bias": True} if n % 2 else {}
+    check(tmp_path, linear_spec(name, n, k, **more), (*ROWS, 64, 129))
 
 
 @pytest.mark.parametrize(
