@@ -126,7 +126,7 @@ class MetalBackend:
 
 
 IPHONE_BACKEND = MetalBackend(IPHONE, variants=MappingProxyType({APPLE7: "apple-a14"}))
-# The simulator's GPU is the Mac's, with the abilities of an older one.
+# The simulator doesn't promise the families of the Mac that runs it.
 IPHONE_SIMULATOR_BACKEND = MetalBackend(IPHONE_SIMULATOR)
 MACABI_BACKEND = MetalBackend(MACABI, APPLE7)
 MACOS_BACKEND = MetalBackend(MACOS, APPLE7)

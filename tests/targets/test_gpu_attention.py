@@ -469,7 +469,6 @@ def test_chunks_of_odd_lengths_and_long_decode(gpu_cache: Make) -> None:
     scenarios.chunks_of_odd_lengths(gpu_cache)
 
 
-@pytest.mark.emulated(position=17)
 @pytest.mark.parametrize("position", [17, -1, *slow(1, 15, 16, 32, 40, 48)])
 def test_fork(gpu_cache: Make, position: int) -> None:
     scenarios.forks(gpu_cache, position)

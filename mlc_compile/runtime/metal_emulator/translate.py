@@ -350,7 +350,7 @@ def _mark(code: str) -> tuple[str, set[str]]:
         if code[start] == "(":
             # `*(type)(address) = …;`, `*(address) = …;`
             before = code[:start].rstrip()
-            if before.endswith("*") and re.search(r"[;{}]\s*\*$", before):
+            if before.endswith("*") and before[:-1].rstrip().endswith((";", "{", "}")):
                 stop = end
                 while (m := re.compile(r"\s*\(").match(code, stop + 1)) and m.end() - 1 in match_of:
                     stop = match_of[m.end() - 1]
@@ -363,7 +363,7 @@ def _mark(code: str) -> tuple[str, set[str]]:
                     written |= set(re.findall(r"\b[A-Za-z_]\w*", code[start : stop + 1]))
             continue
         before = code[:start].rstrip()
-        if not before or not re.search(r"[\w\])]$", before) or code[start + 1 : start + 2] == "[":
+        if not before or not re.match(r"[\w\])]", before[-1]) or code[start + 1 : start + 2] == "[":
             continue
         owner = _owner(code, len(before) - 1)
         after = end + 1
@@ -380,7 +380,7 @@ def _mark(code: str) -> tuple[str, set[str]]:
         if _ASSIGNED.match(code, after) or prefix.endswith(("++", "--")):
             mark = "msl::written"
             written |= owner[1]
-        elif re.search(r"(?:^|[(,=;{}?:])\s*&\(?$", prefix):
+        elif _takes_address(prefix):
             mark = "msl::addressed"
             written |= owner[1]
         if mark:
@@ -393,6 +393,12 @@ def _mark(code: str) -> tuple[str, set[str]]:
         out.append(what)
         at = where
     return "".join([*out, code[at:]]), written
+
+
+def _takes_address(prefix: str) -> bool:
+    """Whether code ends with a unary `&`, or with one and a parenthesis."""
+    before = prefix.removesuffix("(")
+    return before.endswith("&") and before[:-1].rstrip()[-1:] in ("", *"(,=;{}?:")
 
 
 def _owner(code: str, last: int) -> tuple[int, set[str]]:
