@@ -12,7 +12,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-from browser_harness import WEB, WEB_LLM, load_server_module, served
+from browser_harness import WEB, load_server_module, served
 
 serve = load_server_module()
 METADATA = {
@@ -128,7 +128,8 @@ def test_files_of_the_model(url: str, directory: Path, name: str, kind: str) -> 
     assert status == 200 and data == b"" and int(headers["Content-Length"]) > 0
 
 
-@pytest.mark.skipif(not WEB_LLM.is_file(), reason="npm packages are not installed")
+@pytest.mark.browser
+@pytest.mark.usefixtures("npm")
 @pytest.mark.parametrize("path", sorted(serve.PAGE))
 def test_files_of_the_page(url: str, path: str) -> None:
     status, headers, data = get(url, path)
@@ -199,7 +200,8 @@ def test_same_names_get_different_ids(directory: Path, tmp_path: Path) -> None:
     assert [m["record"]["model_id"] for m in data["models"]] == ["a-model-1", "a-model-1-2"]
 
 
-@pytest.mark.skipif(not WEB_LLM.is_file(), reason="npm packages are not installed")
+@pytest.mark.browser
+@pytest.mark.usefixtures("npm")
 @pytest.mark.parametrize(
     ("change", "says"),
     [
