@@ -95,6 +95,9 @@ class TargetProfile:
     """Sizes that a configuration's are lowered to (not those of --overrides)."""
     static_suffixes: tuple[str, ...] = ()  # those of `suffixes` that an app links statically
     max_shards: int = 1  # devices that one model may be spread over
+    max_windowed_sequences: int | None = None
+    """Sequences at once with a sliding window. TVM 0.27's cache uploads its tables in one piece on
+    CUDA and the CPU only; elsewhere a second windowed sequence in a call fails at run time."""
     runtime_reserve_bytes: int = 0  # what the process takes beside weights, cache and workspace
 
     def required_features(self, dtype: str, variant: str | None) -> list[str]:
@@ -120,6 +123,7 @@ def _metal(
         backend_module=f"mlc_compile.targets.metal:{name.upper().replace('-', '_')}_BACKEND",
         label="experimental",  # nothing here has run on a device: docs/ios.md
         device="metal",
+        max_windowed_sequences=1,
         dtypes=("float32", "float16"),
         static_suffixes=(".tar", ".a"),
         caps=MappingProxyType(caps),
@@ -165,6 +169,7 @@ TARGETS: Mapping[str, TargetProfile] = MappingProxyType(
                 suffixes=(".wasm", ".so"),
                 backend_module="mlc_compile.targets.webgpu",
                 device="webgpu",
+                max_windowed_sequences=1,
                 dtypes=("float32", "float16"),
                 features=MappingProxyType({"float16": "shader-f16"}),
                 # What web-llm 0.2.86 asks an adapter for (maxStorageBufferBindingSize).

@@ -176,6 +176,13 @@ def check_inputs(
             f"{profile.name} takes at most {profile.max_shards}",
             hint="run gen_config with --tensor-parallel-shards 1, or give --overrides",
         )
+    config, most = inputs.config, profile.max_windowed_sequences
+    if config.sliding_window_size > 0 and most is not None and config.max_batch_size > most:
+        raise InputError(
+            f"max_batch_size is {config.max_batch_size}, and with a sliding window a library for "
+            f"{profile.name} serves {most} sequence at a time",
+            hint=f"leave max_batch_size={config.max_batch_size} out of --overrides",
+        )
     estimate = estimate_plan(inputs.model, inputs.scheme, inputs.config, profile)
     check_fits(inputs, profile, estimate, budget)
     largest = largest_binding(inputs.model, inputs.scheme, inputs.config)

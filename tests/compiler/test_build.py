@@ -18,6 +18,7 @@ from mlc_compile.errors import EnvironmentLacksError, InputError
 from mlc_compile.manifest import parameter_schema_id
 from mlc_compile.quantization.group import quantize
 from mlc_compile.quantization.policy import is_quantized, stored_layout, stored_params
+from mlc_compile.targets.profile import TARGETS
 
 MakeConfig = Callable[..., Path]
 ABI = {
@@ -246,3 +247,14 @@ def test_metadata_is_json_with_sorted_keys(built: tuple[Path, Path]) -> None:
 
     text = str(Library(built[1]).vm["_metadata"]())
     assert json.dumps(json.loads(text), sort_keys=True, separators=(",", ":")) == text
+
+
+@pytest.mark.parametrize("name", [n for n, p in TARGETS.items() if p.max_windowed_sequences])
+def test_windowed_sequences_are_limited_where_the_runtime_limits_them(
+    tmp_path: Path, name: str
+) -> None:
+    folder = write_config(tmp_path, "mistral", sliding_window=32)
+    sizes = {"sliding_window_size": 32, "max_batch_size": 2}
+    with pytest.raises(InputError, match="with a sliding window .* serves 1 sequence at a time"):
+        compile_library(folder, name, tmp_path / "model.so", overrides=sizes)
+    assert not (tmp_path / "model.so").exists()

@@ -134,7 +134,7 @@ def test_paged_cache_in_every_way(way: str) -> None:
     device()
     make = partial(scenarios.Cache, CACHE)
     scenarios.prefill_decode_and_batches(make, q_heads=9, kv_heads=3, d=64)
-    scenarios.window_past_the_wrap(make)
+    scenarios.window_past_the_wrap(make, window=40)
     scenarios.forks(make, 16)
 
 
