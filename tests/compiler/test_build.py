@@ -255,6 +255,6 @@ def test_windowed_sequences_are_limited_where_the_runtime_limits_them(
 ) -> None:
     folder = write_config(tmp_path, "mistral", sliding_window=32)
     sizes = {"sliding_window_size": 32, "max_batch_size": 2}
-    with pytest.raises(InputError, match="with a sliding window .* serves 1 sequence at a time"):
+    with pytest.raises(InputError, match=r"with a sliding window .* serves 1 sequence at a time"):
         compile_library(folder, name, tmp_path / "model.so", overrides=sizes)
     assert not (tmp_path / "model.so").exists()
