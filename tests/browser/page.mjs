@@ -138,6 +138,8 @@ const SCENES = {
     seen.answer = await page.locator(".message.assistant .text").innerText();
     seen.foot = await page.locator(".message.assistant .foot").innerText();
     seen.speed = [await text("#prefill"), await text("#decode")];
+    // The browser measures when it next collects garbage, which it may put off for 20 s.
+    await page.locator("#memory-rows").getByText("Scripts and WASM").waitFor();
     seen.memory = await text("#memory-rows");
     seen.device = await text("#device-rows");
     await shot("answered");
