@@ -49,7 +49,7 @@ bench: smollm2 ## Measure prefill and decode speed on SmolLM2.
 	$(BIN)/mlc_compile bench $(BUILD)/smollm2 --lib $(BUILD)/smollm2/model.so --repeats 5
 
 .PHONY: web
-web: build/web/model.wasm ## Chat with the bundled model (or MODELS="DIR …") in a browser.
+web: $(if $(MODELS),$(BASE),build/web/model.wasm) ## Chat with the bundled model (or MODELS="DIR …") in a browser.
 	@npm ci --prefix examples/web --ignore-scripts --no-audit --no-fund --silent
 	$(BIN)/python examples/web/serve.py $(or $(MODELS),$(BUILD)/web) $(ARGS)
 

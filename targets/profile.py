@@ -32,7 +32,8 @@ class ExportRequest:
 
     output: nobody else sees this path yet. metadata: what `_metadata()` says. functions: the
     exported names. web_toolchain: "zig" or "emscripten", for targets that link WebAssembly.
-    system_lib_prefix: what a statically linked library registers itself under.
+    system_lib_prefix: what a statically linked library registers itself under. max_binding_bytes:
+    largest buffer that a kernel may bind, None for no limit.
     """
 
     output: Path
@@ -41,6 +42,7 @@ class ExportRequest:
     web_toolchain: str = "zig"
     progress: Progress | None = None
     system_lib_prefix: str = ""
+    max_binding_bytes: int | None = None
 
 
 class Backend(Protocol):

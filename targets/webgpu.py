@@ -69,6 +69,7 @@ class WebGPUBackend:
             return []
         from mlc_compile.targets.web.export import export_wasm
 
+        limit = request.max_binding_bytes
         features = request.metadata["artifact"]["resources"]["required_features"]
         return export_wasm(
             executable,
@@ -78,6 +79,7 @@ class WebGPUBackend:
             toolchain=request.web_toolchain,
             f16="shader-f16" in features,
             subgroups="subgroups" in features,
+            **({} if limit is None else {"max_storage_buffer_binding_size": limit}),
             progress=request.progress,
         )
 

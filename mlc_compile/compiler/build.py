@@ -95,6 +95,11 @@ def compile_library(
     started = time.monotonic()
     profile, variant = get_target(target)
     check_output(profile, output)
+    if web_toolchain != "zig" and output.suffix != ".wasm":
+        raise InputError(
+            f"--web-toolchain {web_toolchain} is for .wasm libraries, and {output.name} is none",
+            hint="leave it out",
+        )
     flags = parse_opt(opt)
     inputs = load_inputs(source, profile, overrides or {})
     prefix = library_prefix(inputs, profile, output.suffix, flags, system_lib_prefix)
@@ -132,6 +137,7 @@ def compile_library(
                 temporary,
                 web_toolchain,
                 prefix,
+                max_binding_bytes or profile.max_binding_bytes,
                 debug_dump,
                 progress,
             )
@@ -231,6 +237,7 @@ def _compile(
     output: Path,
     web_toolchain: str,
     prefix: str,
+    max_binding_bytes: int | None,
     debug_dump: Path | None,
     progress: Progress | None,
 ) -> tuple[MemoryPlan, int, list[str]]:
@@ -310,7 +317,13 @@ def _compile(
             progress(f"link: {what}", steps.index("link"), len(steps))
 
     request = ExportRequest(
-        output, metadata, [*functions, "_metadata"], web_toolchain, linking, prefix
+        output,
+        metadata,
+        [*functions, "_metadata"],
+        web_toolchain,
+        linking,
+        prefix,
+        max_binding_bytes,
     )
     warnings = backend.export(mod, target, request)
     return plan, kernels, warnings

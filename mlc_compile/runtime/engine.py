@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlc_compile.compiler.tvm_pair import require_tvm
-from mlc_compile.errors import InputError
+from mlc_compile.errors import EnvironmentLacksError, InputError
 from mlc_compile.manifest import stored_schema_id
 from mlc_compile.quantization.policy import StoredParam
 from mlc_compile.runtime.threads import choose_pool_size
@@ -59,13 +59,16 @@ class Library:
         self._tvm = tvm
         if not path.is_file():
             raise InputError(f"{path}: no such library", hint="make one with `mlc_compile compile`")
-        profile, _ = get_target(read_metadata(path)["mlc_compile"]["target"])
+        metadata = read_metadata(path)
+        profile, _ = get_target(metadata["mlc_compile"]["target"])
         if path.suffix not in (".so", ".dylib", ".dll"):
             raise InputError(
                 f"{path}: this machine cannot run a {path.suffix}",
                 hint=f"compile for --target {profile.name} to a .so, which has the same kernels",
             )
         self.device = _device(profile.device)
+        if profile.device == "webgpu":
+            _check_adapter(path, metadata["artifact"]["resources"]["required_features"])
         try:
             self.vm = VirtualMachine(tvm.runtime.load_module(str(path.resolve())), self.device)
             self.metadata: dict[str, Any] = json.loads(str(self.vm["_metadata"]()))
@@ -115,6 +118,18 @@ def _device(name: str) -> Any:
 
         metal_emulator.install()
     return tvm.device(name, 0)
+
+
+def _check_adapter(path: Path, features: Sequence[str]) -> None:
+    """Raise EnvironmentLacksError when the WebGPU adapter lacks a feature of the library."""
+    from mlc_compile.runtime.webgpu_device import install, missing_features
+
+    if missing := missing_features(features):
+        raise EnvironmentLacksError(
+            f"{path} needs {', '.join(missing)}, which {install()} does not offer",
+            hint="compile a scheme of float32, such as q4f32_1, or choose another adapter with "
+            "MLC_COMPILE_WGPU_ADAPTER",
+        )
 
 
 def bind_params(library: Library, directory: Path) -> list[Any]:

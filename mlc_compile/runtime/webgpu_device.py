@@ -22,7 +22,7 @@ import json
 import os
 import struct
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,13 @@ def load(executable: Any) -> Any:
         path = Path(folder) / f"kernels_{next(_numbers)}.so"  # TVM caches libraries by their path
         executable.export_library(str(path))
         return load_module(str(path))
+
+
+def missing_features(wanted: Iterable[str]) -> list[str]:
+    """Those of `wanted` that the installed device lacks."""
+    install()
+    assert _installed is not None
+    return sorted(set(wanted) - set(_installed.features))
 
 
 def memory_bytes() -> tuple[int, int]:

@@ -18,7 +18,7 @@ from mlc_compile.errors import EnvironmentLacksError, InputError
 from mlc_compile.manifest import parameter_schema_id
 from mlc_compile.quantization.group import quantize
 from mlc_compile.quantization.policy import is_quantized, stored_layout, stored_params
-from mlc_compile.targets.profile import TARGETS
+from mlc_compile.targets.profile import TARGETS, ExportRequest
 
 MakeConfig = Callable[..., Path]
 ABI = {
@@ -258,3 +258,29 @@ def test_windowed_sequences_are_limited_where_the_runtime_limits_them(
     with pytest.raises(InputError, match=r"with a sliding window .* serves 1 sequence at a time"):
         compile_library(folder, name, tmp_path / "model.so", overrides=sizes)
     assert not (tmp_path / "model.so").exists()
+
+
+def test_a_web_tool_chain_is_for_wasm(tmp_path: Path) -> None:
+    folder = write_config(tmp_path)
+    for target in ("cpu", "webgpu"):
+        with pytest.raises(InputError, match=r"--web-toolchain emscripten is for \.wasm libraries"):
+            compile_library(folder, target, tmp_path / "model.so", web_toolchain="emscripten")
+
+
+def test_the_stated_binding_limit_reaches_the_exporter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The library is checked against it again after linking."""
+    from mlc_compile.targets import webgpu
+
+    class StopError(Exception):
+        pass
+
+    def export(self: object, mod: object, target: object, request: ExportRequest) -> list[str]:
+        raise StopError(request.max_binding_bytes)
+
+    monkeypatch.setattr(webgpu.WebGPUBackend, "export", export)
+    folder = write_config(tmp_path)
+    for given, reached in ((None, 1 << 30), (3 << 30, 3 << 30)):
+        with pytest.raises(StopError, match=str(reached)):
+            compile_library(folder, "webgpu", tmp_path / "m.so", max_binding_bytes=given)

@@ -67,3 +67,14 @@ def test_a_window_that_has_slid_cannot_go_back() -> None:
     with pytest.raises(InputError, match="sequence 0 has 9 tokens, more than the sliding window"):
         subject.pop(0, 1)
     assert sum(call[0] == "kv_state_popn" for call in seen) == 1
+
+
+def test_an_adapter_without_a_feature_is_refused(webgpu: str) -> None:
+    from pathlib import Path
+
+    from mlc_compile.errors import EnvironmentLacksError
+    from mlc_compile.runtime.engine import _check_adapter
+
+    _check_adapter(Path("model.so"), [])
+    with pytest.raises(EnvironmentLacksError, match=r"model\.so needs no-such-feature, which"):
+        _check_adapter(Path("model.so"), ["no-such-feature"])
