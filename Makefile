@@ -113,5 +113,5 @@ $(DATA): | $(BASE)
 $(DEV): | $(DATA)
 	@echo "Installing $(TORCH), transformers and the development tools …"
 	@$(PIP) $(PIP_ARGS) $(TORCH)
-	@$(PIP) $(PIP_ARGS) -e '.[dev,reference,webgpu,metal]'
+	@$(PIP) $(PIP_ARGS) -e '.[dev,reference,webgpu,metal,cuda]'
 	@touch $@

@@ -30,6 +30,8 @@ class CPUKernels:
         self.vector_bits = vector_bits
 
     def linear(self, spec: LinearSpec) -> PrimFunc | None:
+        if spec.fused:
+            return None
         return linear.linear_kernel(spec, vector_bits=self.vector_bits, num_cores=PARALLEL_GRAIN)
 
     def embedding(self, spec: EmbeddingSpec) -> PrimFunc | None:
@@ -88,7 +90,7 @@ class CPUBackend:
 
 def export_shared(executable: Any, output: Path) -> None:
     """Link what `relax.build` made for this machine into a shared library."""
-    executable.export_library(str(output), cc=None, fcompile=_link)
+    executable.export_library(str(output), cc=None, fcompile=link)
 
 
 def linker() -> list[str]:
@@ -111,7 +113,7 @@ def linker() -> list[str]:
     return [sys.executable, "-m", "ziglang", "cc"]
 
 
-def _link(output: str, objects: list[str], options: Any = None, **_: Any) -> None:
+def link(output: str, objects: list[str], options: Any = None, **_: Any) -> None:
     """Link objects into a shared library without build ids or paths, so that the bytes are
     reproducible."""
     import subprocess
@@ -124,7 +126,7 @@ def _link(output: str, objects: list[str], options: Any = None, **_: Any) -> Non
         raise EnvironmentLacksError(f"linking {output} failed: {run.stderr.strip()[-2000:]}")
 
 
-_link.output_format = "so"  # type: ignore[attr-defined]
-_link.object_format = "o"  # type: ignore[attr-defined]
+link.output_format = "so"  # type: ignore[attr-defined]
+link.object_format = "o"  # type: ignore[attr-defined]
 
 BACKEND = CPUBackend()

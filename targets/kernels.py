@@ -23,7 +23,11 @@ FLOATS = ("float32", "float16", "bfloat16")
 
 @dataclass(frozen=True)
 class LinearSpec:
-    """One matmul shape.
+    """One matmul, y = x W^T with what is fused into it, and the buffers of its kernel.
+
+    In order: x is replaced by its norm, multiplied, the bias is added, the activation is applied,
+    the residual is added; all of it in float32, rounded once to `out_dtype`. `arguments` lists the
+    kernel's buffers.
 
     in_features (K), out_features (N): of the weight as the model sees it, without padding.
     scheme: how the weight is packed, None for a plain [N, K] weight. `scheme.layout` is that of
@@ -31,6 +35,14 @@ class LinearSpec:
     weight_dtype: of a plain weight; packed weights are uint32, scales `scheme.model_dtype`.
     bias_dtype: dtype of the bias when `has_bias`; x_dtype when None.
     rows: 1 for the GEMV kernel, None for any number n >= 1 of rows (a symbolic int64).
+    norm_eps: x is first replaced by x / sqrt(mean(x^2) + norm_eps) * norm_weight over its last
+        axis, norm_weight being [K] of `x_dtype`; None is no norm.
+    activation: "silu": the weight's rows (and the bias) are those of a gate, then as many of an up
+        projection, and the output is silu(gate) * up, of half the width; None is neither.
+    residual: the output is residual + product, the residual being [n, N] of `out_dtype`.
+
+    The last three (`fused`) are asked for with rows == 1 only; a target without such kernels
+    answers None, and the operations stay apart.
     """
 
     in_features: int
@@ -42,6 +54,9 @@ class LinearSpec:
     rows: int | None = None
     weight_dtype: str | None = None
     bias_dtype: str | None = None
+    norm_eps: float | None = None
+    residual: bool = False
+    activation: str | None = None
 
     def __post_init__(self) -> None:
         if (self.scheme is None) == (self.weight_dtype is None):
@@ -53,6 +68,37 @@ class LinearSpec:
         for dtype in (self.x_dtype, self.out_dtype, self.weight_dtype, self.bias_dtype):
             if dtype is not None and dtype not in FLOATS:
                 raise ValueError(f"{dtype} is not one of {', '.join(FLOATS)}")
+        if self.norm_eps is not None and not self.norm_eps >= 0:
+            raise ValueError(f"norm_eps must not be negative: {self.norm_eps}")
+        if self.activation not in (None, "silu"):
+            raise ValueError(f"no activation {self.activation!r}, only 'silu'")
+        if self.activation is not None and self.out_features % 2:
+            raise ValueError(f"{self.out_features} rows are no gate and up of the same size")
+        if self.activation is not None and self.residual:
+            raise ValueError("a gated product has no residual")
+
+    @property
+    def fused(self) -> bool:
+        """Whether more than a product and its bias is asked for."""
+        return self.norm_eps is not None or self.residual or self.activation is not None
+
+    @property
+    def out_width(self) -> int:
+        """Columns of the output: N, or half of it for a gated product."""
+        return self.out_features if self.activation is None else self.out_features // 2
+
+    def arguments(self, rows: Any) -> list[tuple[str, tuple[Any, ...], str]]:
+        """Name, shape and dtype of every buffer of the kernel, in order; `rows` is n."""
+        found: list[tuple[str, tuple[Any, ...], str]]
+        found = [("x", (rows, self.in_features), self.x_dtype)]
+        if self.norm_eps is not None:
+            found.append(("norm_weight", (self.in_features,), self.x_dtype))
+        found += self.weight_shapes()
+        if self.has_bias:
+            found.append(("bias", (self.out_features,), self.bias_dtype or self.x_dtype))
+        if self.residual:
+            found.append(("residual", (rows, self.out_width), self.out_dtype))
+        return [*found, ("out", (rows, self.out_width), self.out_dtype)]
 
     def weight_shapes(self) -> list[tuple[str, tuple[int, int], str]]:
         """Name, shape and dtype of the weight's buffers, in argument order (MLC's format)."""

@@ -9,12 +9,13 @@ from __future__ import annotations
 import difflib
 import importlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol
 
 from mlc_compile.errors import InputError
+from mlc_compile.targets.nvidia.archs import cuda_dtypes
 
 if TYPE_CHECKING:
     from tvm.ir import IRModule
@@ -33,7 +34,8 @@ class ExportRequest:
     output: nobody else sees this path yet. metadata: what `_metadata()` says. functions: the
     exported names. web_toolchain: "zig" or "emscripten", for targets that link WebAssembly.
     system_lib_prefix: what a statically linked library registers itself under. max_binding_bytes:
-    largest buffer that a kernel may bind, None for no limit.
+    largest buffer that a kernel may bind, None for no limit. debug_dump: a folder for generated
+    sources and what their compiler said of them.
     """
 
     output: Path
@@ -43,6 +45,7 @@ class ExportRequest:
     progress: Progress | None = None
     system_lib_prefix: str = ""
     max_binding_bytes: int | None = None
+    debug_dump: Path | None = None
 
 
 class Backend(Protocol):
@@ -87,6 +90,9 @@ class TargetProfile:
     device: str = "cpu"  # TVM's name of the device that runs it
     variants: str = ""  # what may follow `name:`, for help and errors
     dtypes: tuple[str, ...] = ("float32", "float16", "bfloat16")  # of activations and cache
+    variant_dtypes: Callable[[str], tuple[str, ...]] | None = None
+    """`dtypes` of a variant where they differ. Raises InputError for a variant that is none."""
+    dtypes_hint: str = ""  # what to do about a dtype that is not among them
     features: Mapping[str, str] = field(default_factory=dict)  # dtype or variant -> device feature
     max_binding_bytes: int | None = None  # largest buffer that a kernel may see
     imposed: Mapping[str, int] = field(default_factory=dict)
@@ -179,6 +185,22 @@ TARGETS: Mapping[str, TargetProfile] = MappingProxyType(
                 imposed=MappingProxyType({"max_batch_size": 1}),
                 runtime_reserve_bytes=64 << 20,
             ),
+            TargetProfile(
+                name="cuda",
+                summary="NVIDIA GPUs, sm_75 and later, compiled with neither a GPU nor a driver",
+                suffixes=(".so",),
+                backend_module="mlc_compile.targets.cuda",
+                label="experimental",
+                device="cuda",
+                dtypes=("float32", "float16"),
+                variant_dtypes=cuda_dtypes,
+                dtypes_hint="bfloat16 needs sm_80: --target cuda:sm_80,sm_90",
+                variants="architectures, such as sm_80,sm_90, or auto for this machine's GPU "
+                "(default: sm_75,sm_80,sm_90)",
+                compile_defaults=MappingProxyType({"max_batch_size": 8}),
+                # The context, and workspaces that kernels take beside the plan: benchmarks/NOTES.md.
+                runtime_reserve_bytes=768 << 20,
+            ),
             _ios(
                 "iphone",
                 "iPhone and iPad: .tar or .a for an app (or a .so for `verify` here)",
@@ -203,7 +225,7 @@ def get_target(name: str) -> tuple[TargetProfile, str | None]:
     """(profile, variant) of `NAME` or `NAME:VARIANT`.
 
     Raises:
-        InputError: unknown name; says the closest ones.
+        InputError: unknown name (says the closest ones), or, for cuda, unknown architectures.
     """
     base, colon, variant = name.partition(":")
     profile = TARGETS.get(base)
@@ -217,6 +239,8 @@ def get_target(name: str) -> tuple[TargetProfile, str | None]:
         )
     if colon and not variant:
         raise InputError(f"target {name!r} ends in a colon", hint=f"after it: {profile.variants}")
+    if variant and profile.variant_dtypes is not None:
+        profile = replace(profile, dtypes=profile.variant_dtypes(variant))
     return profile, variant or None
 
 

@@ -54,3 +54,20 @@ def webgpu() -> str:
         if os.environ.get("MLC_COMPILE_REQUIRE_VULKAN"):
             raise
         pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def cuda() -> str:
+    """The name of this machine's NVIDIA GPU.
+
+    Without one the test is skipped, or fails where MLC_COMPILE_REQUIRE_CUDA is set.
+    """
+    from mlc_compile.errors import EnvironmentLacksError
+    from mlc_compile.runtime.cuda_device import install
+
+    try:
+        return install().name
+    except EnvironmentLacksError as error:
+        if os.environ.get("MLC_COMPILE_REQUIRE_CUDA"):
+            raise
+        pytest.skip(str(error))

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from mlc_compile.cli._output import Output, examples, output_options
 from mlc_compile.cli._params import MODEL_DIR, OUT_FILE, existing, library_option
+
+if TYPE_CHECKING:
+    from mlc_compile.runtime.bisect import BisectReport
+    from mlc_compile.runtime.verify import VerifyReport
 
 
 @click.command(
@@ -17,6 +23,7 @@ from mlc_compile.cli._params import MODEL_DIR, OUT_FILE, existing, library_optio
         "mlc_compile verify out --lib out/model.so --reference model.gguf --json > parity.json",
         "mlc_compile verify out --lib out/model.so --reference model.gguf --write-golden out.npz",
         "mlc_compile verify out --lib out/model.so --reference out.npz",
+        "mlc_compile verify out --lib out/model.so --reference out.npz --bisect",
     ),
 )
 @click.argument("model_dir", metavar="DIR", type=MODEL_DIR)
@@ -56,6 +63,12 @@ from mlc_compile.cli._params import MODEL_DIR, OUT_FILE, existing, library_optio
     type=OUT_FILE,
     help="Store the reference's logits, for machines without the checkpoint.",
 )
+@click.option(
+    "--bisect",
+    is_flag=True,
+    help="Where parity is missed, compile again without each --opt switch and name the one to "
+    "blame.",
+)
 @output_options
 def command(
     model_dir: Path,
@@ -66,6 +79,7 @@ def command(
     original: bool,
     thorough: bool,
     write_golden: Path | None,
+    bisect: bool,
     out: Output,
 ) -> None:
     """Compare a library's logits with a reference model's.
@@ -78,10 +92,13 @@ def command(
     loss is not in the comparison; --original reports it.
     """
     from mlc_compile.errors import CheckFailedError
-    from mlc_compile.runtime.verify import verify
+    from mlc_compile.runtime import bisect as bisection
+    from mlc_compile.runtime import verify as verification
 
+    run: Callable[..., VerifyReport | BisectReport]
+    run = bisection.bisect if bisect else verification.verify
     with out.progress() as progress:
-        report = verify(
+        report = run(
             model_dir,
             library,
             reference,
@@ -94,4 +111,5 @@ def command(
         )
     out.result(report)
     if report.failures:
-        raise CheckFailedError(f"verify missed its thresholds: {'; '.join(report.failures)}")
+        found = f"; bisect: {report.verdict}" if isinstance(report, bisection.BisectReport) else ""
+        raise CheckFailedError(f"verify missed its thresholds: {'; '.join(report.failures)}{found}")

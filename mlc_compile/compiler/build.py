@@ -174,7 +174,8 @@ def check_inputs(
         raise InputError(
             f"{inputs.scheme.name} computes in {inputs.scheme.model_dtype}, which {profile.name} "
             "cannot",
-            hint=f"take a scheme of {' or '.join(profile.dtypes)}; see `list quantizations`",
+            hint=f"take a scheme of {' or '.join(profile.dtypes)}; see `list quantizations`"
+            + (profile.dtypes_hint and f" ({profile.dtypes_hint})"),
         )
     if inputs.config.tensor_parallel_shards > profile.max_shards:
         raise InputError(
@@ -248,11 +249,12 @@ def _compile(
     from mlc_compile.compiler.passes.bounds import upper_bounds
     from mlc_compile.compiler.pipeline import (
         PhaseRunner,
+        captures_graphs,
         graph_phases,
         lowering_phases,
         register_under,
     )
-    from mlc_compile.nn.export import STACK, STACK_ONE, export_decoder
+    from mlc_compile.nn.export import export_decoder, is_private
     from mlc_compile.nn.sampling import SAMPLING_FUNCTIONS, attach_sampling
     from mlc_compile.quantization.linear import SchemeLayers
 
@@ -270,7 +272,12 @@ def _compile(
     params = [stored for spec in model.parameters() for stored in stored_params(spec, scheme)]
     runner = PhaseRunner(target, debug_dump, report)
     mod = export_decoder(
-        model, SchemeLayers(scheme), params, config, backend.kv_cache_kernels(target)
+        model,
+        SchemeLayers(scheme),
+        params,
+        config,
+        backend.kv_cache_kernels(target),
+        captured_batch=captures_graphs(target, flags) and config.max_batch_size > 1,
     )
     mod = attach_sampling(
         mod,
@@ -279,13 +286,13 @@ def _compile(
         active_vocab_size=inputs.active_vocab_size,
     )
     runner.write("export", mod)
+    names = {str(gv.name_hint) for gv, f in mod.functions_items() if isinstance(f, relax.Function)}
+    exported = {name for name in names if not is_private(name)}
+    functions = sorted(exported | set(SAMPLING_FUNCTIONS))
     mod = runner.run(mod, graph_phases(target, backend, config, flags))
     usage = static_workspace(mod, upper_bounds(config))
     workspace = max(usage[name] for name in PLANNED)
     plan = estimate_plan(model, scheme, config, profile).with_workspace(workspace)
-    exported = {gv.name_hint for gv, f in mod.functions_items() if isinstance(f, relax.Function)}
-    exported |= set(SAMPLING_FUNCTIONS)
-    functions = sorted(exported - {STACK, STACK_ONE})
     metadata = build_metadata(
         model,
         scheme,
@@ -293,7 +300,7 @@ def _compile(
         params,
         profile,
         plan,
-        usage,
+        {name: nbytes for name, nbytes in usage.items() if name in exported},
         inputs.active_vocab_size,
         profile.required_features(scheme.model_dtype, variant),
         largest_binding(model, scheme, config)[1],
@@ -301,6 +308,7 @@ def _compile(
             "functions": functions,
             "tvm_target": str(target),
             "opt": str(flags),
+            **({"variant": variant} if variant else {}),
             "kv_tokens": config.kv_tokens,
             **({"system_lib_prefix": prefix} if prefix else {}),
         },
@@ -324,6 +332,7 @@ def _compile(
         linking,
         prefix,
         max_binding_bytes,
+        debug_dump,
     )
     warnings = backend.export(mod, target, request)
     return plan, kernels, warnings

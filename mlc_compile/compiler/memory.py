@@ -14,7 +14,7 @@ that a library carries.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -233,22 +233,36 @@ def static_workspace(mod: IRModule, bounds: Mapping[str, int]) -> dict[str, int]
     functions = {
         gv.name_hint: f for gv, f in mod.functions_items() if isinstance(f, relax.Function)
     }
+
+    def bound_values(sequence: relax.SeqExpr) -> Iterator[relax.Expr]:
+        """Every expression that is bound to a variable, also in branches."""
+        for block in sequence.blocks:
+            for binding in block.bindings:
+                yield binding.value
+                if isinstance(binding.value, relax.If):
+                    yield from bound_values(binding.value.true_branch)
+                    yield from bound_values(binding.value.false_branch)
+
+    def global_vars(call: relax.Call) -> Iterator[str]:
+        """Functions that a call calls or hands to a builtin, as those of CUDA graphs are."""
+        for expr in (call.op, *call.args):
+            for part in expr.fields if isinstance(expr, relax.Tuple) else [expr]:
+                if isinstance(part, GlobalVar):
+                    yield str(part.name_hint)
+
     for name, func in functions.items():
         sizes: list[int] = []
         callees: list[str] = []
-        for block in func.body.blocks:
-            for binding in block.bindings:
-                value = binding.value
-                if not isinstance(value, relax.Call):
-                    continue
-                if isinstance(value.op, GlobalVar) and value.op.name_hint in functions:
-                    callees.append(str(value.op.name_hint))
-                operator = getattr(value.op, "name", "")
-                if operator == "relax.memory.alloc_storage":
-                    sizes.append(math.prod(_value(e, bounds) for e in value.args[0].values))
-                elif operator == "relax.builtin.alloc_tensor":
-                    elements = math.prod(_value(e, bounds) for e in value.args[0].values)
-                    sizes.append(elements * int(DataType(str(value.ty.dtype)).bits) // 8)
+        for value in bound_values(func.body):
+            if not isinstance(value, relax.Call):
+                continue
+            callees += [callee for callee in global_vars(value) if callee in functions]
+            operator = getattr(value.op, "name", "")
+            if operator == "relax.memory.alloc_storage":
+                sizes.append(math.prod(_value(e, bounds) for e in value.args[0].values))
+            elif operator == "relax.builtin.alloc_tensor":
+                elements = math.prod(_value(e, bounds) for e in value.args[0].values)
+                sizes.append(elements * int(DataType(str(value.ty.dtype)).bits) // 8)
         own[name], calls[name] = sum(sizes), callees
 
     def total(name: str) -> int:

@@ -1,8 +1,9 @@
 """`--opt`: a level, or a level's switches changed one by one ("O2" or "fuse_norm=0;fuse_gated=0").
 
 O0 switches every fusing pass off: TVM's generic lowering of each operation, the slow reference
-route. O1 fuses what would otherwise materialise weights (linear, embedding); O2, the default, and
-O3 all.
+route. O1 fuses what would otherwise materialise weights (linear, embedding); O2, the default, all
+that a target has kernels for. O3 also captures the launches of decoding into CUDA graphs, on a
+device that has them.
 """
 
 from __future__ import annotations
@@ -11,11 +12,22 @@ from dataclasses import dataclass
 
 from mlc_compile.errors import InputError
 
-SWITCHES = ("fuse_linear", "fuse_embedding", "fuse_qk_norm", "fuse_norm", "fuse_gated")
+FUSIONS = (
+    "fuse_linear",
+    "fuse_residual",
+    "fuse_linear_norm",
+    "fuse_linear_gated",
+    "fuse_embedding",
+    "fuse_qk_norm",
+    "fuse_norm",
+    "fuse_gated",
+)
+CUDA_GRAPH = "cuda_graph"
+SWITCHES = (*FUSIONS, CUDA_GRAPH)
 LEVELS: dict[str, frozenset[str]] = {
     "O0": frozenset(),
     "O1": frozenset({"fuse_linear", "fuse_embedding"}),
-    "O2": frozenset(SWITCHES),
+    "O2": frozenset(FUSIONS),
     "O3": frozenset(SWITCHES),
 }
 DEFAULT_LEVEL = "O2"

@@ -15,13 +15,17 @@ from tvm import relax, tirx
 from tvm.ir import IRModule
 from tvm.target import Target
 
-from mlc_compile.compiler.opt import OptFlags
+from mlc_compile.compiler.opt import CUDA_GRAPH, OptFlags
 from mlc_compile.compiler.passes.bounds import attach_bounds
 from mlc_compile.compiler.passes.fuse_embedding import fuse_embedding
 from mlc_compile.compiler.passes.fuse_gated import fuse_gated
 from mlc_compile.compiler.passes.fuse_linear import fuse_linear
+from mlc_compile.compiler.passes.fuse_linear_gated import fuse_linear_gated
+from mlc_compile.compiler.passes.fuse_linear_norm import fuse_linear_norm
 from mlc_compile.compiler.passes.fuse_norm import fuse_norm
 from mlc_compile.compiler.passes.fuse_qk_norm import fuse_qk_norm
+from mlc_compile.compiler.passes.fuse_residual import fuse_residual
+from mlc_compile.compiler.passes.rewrite import MadeOnce
 from mlc_compile.config import CompileConfig
 from mlc_compile.targets.kernels import Kernels
 from mlc_compile.targets.profile import Backend
@@ -30,12 +34,16 @@ Pass = Callable[[IRModule], IRModule]
 
 FUSING: dict[str, Callable[[IRModule, Kernels], IRModule]] = {
     "fuse_linear": fuse_linear,
+    "fuse_residual": fuse_residual,
+    "fuse_linear_norm": fuse_linear_norm,
+    "fuse_linear_gated": fuse_linear_gated,
     "fuse_embedding": fuse_embedding,
     "fuse_qk_norm": fuse_qk_norm,
     "fuse_norm": fuse_norm,
     "fuse_gated": fuse_gated,
 }
-"""The passes that `--opt` can switch; compiler/opt.py checks its names against these."""
+"""The passes that `--opt` can switch; compiler/opt.py names them. Those that widen a product's
+kernel come right after the one that makes it, before passes that would take its neighbours."""
 
 
 @dataclass(frozen=True)
@@ -46,12 +54,30 @@ class Phase:
     passes: Sequence[Pass]
 
 
+def captures_graphs(target: Target, opt: OptFlags) -> bool:
+    """Whether the launches of decoding become CUDA graphs."""
+    return opt.enabled(CUDA_GRAPH) and str(target.kind.name) == "cuda"
+
+
+def capture_graphs(mod: IRModule) -> IRModule:
+    """Kernels between two calls into the KV cache become one graph, for one row and, with the
+    attribute `nn.export.CAPTURED_ROWS`, for each number of rows.
+
+    A graph's kernels read and write memory that stays where it is: the parameters, and storages
+    that all functions then share and never free. What reads a function's own argument, such as the
+    first layer's norm, is launched by itself.
+    """
+    config = {"relax.backend.use_cuda_graph": True}
+    with tvm.transform.PassContext(opt_level=3, config=config):
+        return relax.transform.RewriteCUDAGraph()(mod)
+
+
 def graph_phases(
     target: Target, backend: Backend, config: CompileConfig, opt: OptFlags
 ) -> list[Phase]:
     """Exported module -> a module whose memory is planned (its storages are what memory.py
     reads)."""
-    kernels = backend.kernels(target)
+    kernels: Kernels = MadeOnce(backend.kernels(target))
     fusing = [
         (lambda mod, f=function: f(mod, kernels))
         for name, function in FUSING.items()
@@ -81,6 +107,7 @@ def graph_phases(
                 x.RemovePurityChecking(),
                 x.CallTIRRewrite(),
                 x.StaticPlanBlockMemory(),
+                *([capture_graphs] if captures_graphs(target, opt) else []),
             ],
         ),
     ]

@@ -7,7 +7,8 @@ tuple in metadata order.
 
 The transformer stack is emitted twice, for any number of rows and for exactly one, and every
 exported function calls one of the two: a library holds each layer's code twice instead of twelve
-times.
+times. A function for any number of rows asks at each call whether there is just one, and if so
+calls `decode` or its like: a batch of one sequence is as fast as a single one.
 """
 
 from __future__ import annotations
@@ -29,6 +30,17 @@ from mlc_compile.quantization.policy import StoredParam
 
 STACK = "transformer"
 STACK_ONE = "transformer_one"
+STACK_BATCH = "transformer_batch"
+ANY_ROWS = "_any_rows"
+"""Ends the name of the function behind an exported one, for more than one row."""
+CAPTURED_ROWS = "relax.rewrite_cuda_graph.capture_symbolic_vars"
+"""TVM's attribute: extents for whose every value a graph may be captured."""
+
+
+def is_private(name: str) -> bool:
+    """Whether a function is no entry for the library's callers."""
+    # TVM's own notion of a private function would have every stack take each parameter by itself.
+    return name in (STACK, STACK_ONE, STACK_BATCH) or name.endswith(ANY_ROWS)
 
 
 @dataclass(frozen=True)
@@ -62,15 +74,24 @@ class Exporter:
             assert (shape, str(parameter.dtype)) == (stored.shape, stored.dtype), stored
         self.stack: relax.GlobalVar
         self.stack_one: relax.GlobalVar
+        self.stack_batch: relax.GlobalVar
+        self.functions: dict[str, relax.GlobalVar] = {}
 
-    def export(self, create_cache: Callable[..., PagedKVCache]) -> IRModule:
+    def export(
+        self, create_cache: Callable[..., PagedKVCache], *, captured_batch: bool = False
+    ) -> IRModule:
         """All functions that need the weights or the cache; sampling is attached by nn/sampling.py.
 
         create_cache makes the cache from the five symbolic sizes of its MLC signature.
+        captured_batch: batched decoding gets a stack of its own, whose launches may be captured
+        into a graph for each number of rows (prefill has too many numbers of rows for that).
         """
         h, dt = self.hidden_size, self.dtype
         self.stack = self._stack(STACK, "n")
         self.stack_one = self._stack(STACK_ONE, 1)
+        self.stack_batch = (
+            self._stack(STACK_BATCH, "batch_size", captured=True) if captured_batch else self.stack
+        )
 
         ids = Arg("input_ids", ("seq_len",), "int32")
         states_arg = Arg("hidden_states", ("seq_len", h), dt)
@@ -81,7 +102,7 @@ class Exporter:
         batch = Arg("input_embeds", ("batch_size", 1, h), dt)
 
         define = self._define
-        decoder, rows, one_row = self.decoder, self._rows, self._one_row
+        decoder = self.decoder
         define("embed", [ids], lambda x: decoder.embed(x), cache=False)
         define("get_logits", [states_arg], lambda x: decoder.logits(x), cache=False)
         define(
@@ -92,45 +113,64 @@ class Exporter:
             params=False,
         )
 
-        # name, arguments, the rows of the stack's result that the logits are of
+        def rows(x: Tensor, c: relax.Var) -> Tensor:
+            return self._call(self.stack, x, c)
+
+        def one_row(x: Tensor, c: relax.Var) -> Tensor:
+            return self._call(self.stack_one, x, c)
+
+        def batch_rows(x: Tensor, c: relax.Var) -> Tensor:
+            return self._call(self.stack_batch, x, c)
+
+        # name, arguments, the stack, the rows of its result that the logits are of
         Rows = Callable[..., Tensor]
-        stacks: list[tuple[str, list[Arg], Rows]] = [
-            ("prefill", [prompt], lambda x, c: _last_row(rows(x, c))),
-            ("decode", [one], one_row),
-            ("batch_prefill", [ragged, positions], lambda x, at, c: _select_rows(rows(x, c), at)),
-            ("batch_decode", [batch], rows),
-            ("batch_verify", [ragged], rows),
+        stacks: list[tuple[str, list[Arg], Rows, Rows]] = [
+            ("decode", [one], one_row, _all_rows),
+            ("prefill", [prompt], rows, _last_row),
+            ("batch_prefill", [ragged, positions], rows, _select_rows),
+            ("batch_decode", [batch], batch_rows, _all_rows),
+            ("batch_verify", [ragged], rows, _all_rows),
         ]
-        for name, args, states in stacks:
+        for name, args, stack, select in stacks:
             column = name == "batch_decode"  # [b, 1, ...]; all others are [1, rows, ...]
 
-            def logits(*a: Tensor, f: Rows = states, column: bool = column) -> Tensor:
-                return _unflatten(decoder.logits(f(*a)), column)
+            def logits(
+                *a: Tensor, stack: Rows = stack, select: Rows = select, column: bool = column
+            ) -> Tensor:
+                x, *at, c = a
+                return _unflatten(decoder.logits(select(stack(x, c), *at)), column)
 
-            def hidden_states(x: Tensor, c: relax.Var, column: bool = column) -> Tensor:
-                return _unflatten(rows(x, c), column)
+            def hidden_states(
+                x: Tensor, c: relax.Var, stack: Rows = stack, column: bool = column
+            ) -> Tensor:
+                return _unflatten(stack(x, c), column)
 
-            define(name, args, logits)
-            define(f"{name}_to_last_hidden_states", args[:1], hidden_states)
-        tokens_of = {"prefill": ids, "decode": Arg("input_ids", (1,), "int32")}
-        for name, _, states in stacks[:2]:
+            define(name, args, logits, one="decode")
+            to_states = "_to_last_hidden_states"
+            define(f"{name}{to_states}", args[:1], hidden_states, one=f"decode{to_states}")
+        tokens_of = {"decode": Arg("input_ids", (1,), "int32"), "prefill": ids}
+        for name, _, stack, select in stacks[:2]:
 
-            def from_tokens(x: Tensor, c: relax.Var, f: Rows = states) -> Tensor:
-                return _unflatten(decoder.logits(f(decoder.embed(x), c)), column=False)
+            def from_tokens(
+                x: Tensor, c: relax.Var, stack: Rows = stack, select: Rows = select
+            ) -> Tensor:
+                return _unflatten(decoder.logits(select(stack(decoder.embed(x), c))), column=False)
 
-            define(f"{name}_tokens", [tokens_of[name]], from_tokens)
+            define(f"{name}_tokens", [tokens_of[name]], from_tokens, one="decode_tokens")
         self._create_kv_cache(create_cache)
         return self.builder.finalize()
 
-    def _stack(self, name: str, rows: int | str) -> relax.GlobalVar:
-        """Private function (hidden dt[rows, H], cache, params) -> dt[rows, H] after the final
-        norm."""
+    def _stack(self, name: str, rows: int | str, *, captured: bool = False) -> relax.GlobalVar:
+        """Function (hidden dt[rows, H], cache, params) -> dt[rows, H] after the final norm."""
+        attrs: dict[str, object] = {"num_input": 2}
+        if captured:
+            attrs[CAPTURED_ROWS] = [rows]
         extent = tirx.Var(rows, "int64") if isinstance(rows, str) else rows
         ty = relax.TensorType([extent, self.hidden_size], self.dtype)
         x, cache = relax.Var("hidden_states", ty), relax.Var("paged_kv_cache", relax.AnyType())
         packed = self._packed_params()
         # num_input: the parameters' types, which the caller has checked, are not checked again
-        with self.builder.function(name, [x, cache, packed], attrs={"num_input": 2}):
+        with self.builder.function(name, [x, cache, packed], attrs=attrs):
             with self.builder.dataflow():
                 self._bind(packed)
                 y = self.decoder.hidden_states(
@@ -139,14 +179,8 @@ class Exporter:
                 out = self.builder.emit_output(y._expr)
             return self.builder.emit_func_output(out)
 
-    def _rows(self, x: Tensor, cache: relax.Var) -> Tensor:
-        """Hidden states [n, H] of embeddings [..., H] through the stack for any number of rows."""
-        return self._call(self.stack, x, cache)
-
-    def _one_row(self, x: Tensor, cache: relax.Var) -> Tensor:
-        return self._call(self.stack_one, x, cache)
-
     def _call(self, stack: relax.GlobalVar, x: Tensor, cache: relax.Var) -> Tensor:
+        """Hidden states [n, H] of embeddings [..., H]."""
         flat = x if len(x.shape) == 2 else _flatten(x)
         call = relax.Call(stack, [flat._expr, cache, self._packed])
         return Tensor(_expr=self.builder.emit(call))
@@ -159,28 +193,52 @@ class Exporter:
         *,
         cache: bool = True,
         params: bool = True,
+        one: str | None = None,
     ) -> None:
         """Exported function (args..., cache?, params?) -> body's tensor, with the cache when it has
-        one."""
-        variables: dict[str, tirx.Var] = {}
+        one.
 
-        def extent(e: int | str) -> int | tirx.Var:
-            return variables.setdefault(e, tirx.Var(e, "int64")) if isinstance(e, str) else e
-
-        tensors = [
-            relax.Var(a.name, relax.TensorType([extent(e) for e in a.shape], a.dtype)) for a in args
-        ]
+        one: the function to call instead where the first argument has a single row; it takes that
+        row in a tensor of as many dimensions, the cache and the parameters.
+        """
+        chooses = one is not None and any(isinstance(e, str) for e in args[0].shape)
+        own = name + ANY_ROWS if chooses else name
+        tensors = _variables(args)
         state = [relax.Var("paged_kv_cache", relax.AnyType())] if cache else []
         packed = [self._packed_params()] if params else []
-        with self.builder.function(
-            name, [*tensors, *state, *packed], attrs={"num_input": len(tensors) + len(state)}
-        ):
+        inputs = [*tensors, *state, *packed]
+        attrs = {"num_input": len(tensors) + len(state)}
+        with self.builder.function(own, inputs, attrs=attrs):
             with self.builder.dataflow():
                 if params:
                     self._bind(packed[0])
                 y = body(*(Tensor(_expr=t) for t in tensors), *state)._expr
                 out = self.builder.emit_output(relax.Tuple([y, *state]) if cache else y)
-            self.builder.emit_func_output(out)
+            self.functions[name] = self.builder.emit_func_output(out)
+        if one is not None and chooses:
+            self._choose(name, args, self.functions[one], self.functions[name], attrs)
+
+    def _choose(
+        self,
+        name: str,
+        args: Sequence[Arg],
+        one: relax.GlobalVar,
+        rows: relax.GlobalVar,
+        attrs: dict[str, int],
+    ) -> None:
+        """Exported function that calls `one` or `rows`; see `_define`."""
+        tensors = _variables(args)
+        cache, packed = relax.Var("paged_kv_cache", relax.AnyType()), self._packed_params()
+        extents = tensors[0].ty.shape.values
+        (count,) = (e for e in extents if isinstance(e, tirx.Var))
+        row = relax.op.reshape(tensors[0], [1 if e.same_as(count) else e for e in extents])
+        with self.builder.function(name, [*tensors, cache, packed], attrs=attrs):
+            choice = relax.If(
+                relax.prim_value(count == 1),
+                relax.Call(one, [row, cache, packed]),
+                relax.Call(rows, [*tensors, cache, packed]),
+            )
+            self.builder.emit_func_output(self.builder.emit(choice))
 
     def _packed_params(self) -> relax.Var:
         types = [relax.TensorType(list(p.shape), p.dtype) for p in self.parameters]
@@ -218,10 +276,13 @@ def export_decoder(
     params: Sequence[StoredParam],
     config: CompileConfig,
     kernels: KernelFactory,
+    *,
+    captured_batch: bool = False,
 ) -> IRModule:
     """The module of `model` with the weight layers of a scheme and the cache kernels of a target.
 
-    `params` lists what is stored, in the order of the packed tuple.
+    `params` lists what is stored, in the order of the packed tuple. captured_batch: see
+    Exporter.export.
     """
     c = model.config
     inv_freq, attention_factor = rope_table(c, config)
@@ -241,7 +302,20 @@ def export_decoder(
             **sizes,
         )
 
-    return Exporter(build_decoder(model, layers), params, layers.dtype).export(create_cache)
+    exporter = Exporter(build_decoder(model, layers), params, layers.dtype)
+    return exporter.export(create_cache, captured_batch=captured_batch)
+
+
+def _variables(args: Sequence[Arg]) -> list[relax.Var]:
+    """Function parameters of these tensors; equal names are equal extents."""
+    extents: dict[str, tirx.Var] = {}
+
+    def extent(e: int | str) -> int | tirx.Var:
+        return extents.setdefault(e, tirx.Var(e, "int64")) if isinstance(e, str) else e
+
+    return [
+        relax.Var(a.name, relax.TensorType([extent(e) for e in a.shape], a.dtype)) for a in args
+    ]
 
 
 def _hidden_size(decoder: Decoder) -> int:
@@ -257,6 +331,10 @@ def _unflatten(x: Tensor, column: bool) -> Tensor:
     """[m, width] -> [m, 1, width] (column) or [1, m, width]."""
     m, width = x.shape
     return op.reshape(x, (m, 1, width) if column else (1, m, width))
+
+
+def _all_rows(x: Tensor) -> Tensor:
+    return x
 
 
 def _select_rows(x: Tensor, positions: Tensor) -> Tensor:

@@ -69,6 +69,10 @@ class Library:
         self.device = _device(profile.device)
         if profile.device == "webgpu":
             _check_adapter(path, metadata["artifact"]["resources"]["required_features"])
+        elif profile.device == "cuda":
+            from mlc_compile.runtime import cuda_device
+
+            cuda_device.check_code(path, cuda_device.install())
         try:
             self.vm = VirtualMachine(tvm.runtime.load_module(str(path.resolve())), self.device)
             self.metadata: dict[str, Any] = json.loads(str(self.vm["_metadata"]()))
@@ -101,8 +105,8 @@ class Library:
 
 
 def _device(name: str) -> Any:
-    """TVM's device of that name on this machine: the CPU, a WebGPU adapter, or an emulated Metal
-    device.
+    """TVM's device of that name on this machine: the CPU, an NVIDIA GPU, a WebGPU adapter, or an
+    emulated Metal device.
 
     Raises:
         EnvironmentLacksError: what the device needs is missing.
@@ -117,6 +121,10 @@ def _device(name: str) -> Any:
         from mlc_compile.runtime import metal_emulator
 
         metal_emulator.install()
+    elif name == "cuda":
+        from mlc_compile.runtime import cuda_device
+
+        cuda_device.install()
     return tvm.device(name, 0)
 
 

@@ -309,6 +309,10 @@ def _functions(d: Driver, limits: Limits, greedy: Greedy, notes: list[str]) -> N
         for name, count in (("decode", 1), ("prefill", few), ("batch_verify", few)):
             d.hidden(name, {0: text[at : at + count]})
             at += count
+    with d.sequences(0):  # a batch of one, which runs the functions of one row
+        d.batch_prefill({0: text[:few]})
+        d.batch_decode({0: text[few]})
+        d.hidden("batch_decode", {0: text[few + 1 : few + 2]})
     if limits.batch < 2 or limits.chunk < 2:
         notes.append("without batches: one sequence, or one token, at a time")
         return

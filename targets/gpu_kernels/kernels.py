@@ -16,6 +16,8 @@ class GPUKernels:
         self.device = device
 
     def linear(self, spec: LinearSpec) -> PrimFunc | None:
+        if spec.fused:
+            return None
         return linear.linear_kernel(spec, device=self.device)
 
     def embedding(self, spec: EmbeddingSpec) -> PrimFunc | None:

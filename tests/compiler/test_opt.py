@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 
-from mlc_compile.compiler.opt import LEVELS, SWITCHES, parse_opt
+from mlc_compile.compiler.opt import FUSIONS, LEVELS, SWITCHES, parse_opt
 from mlc_compile.errors import InputError
 
 
@@ -22,10 +24,17 @@ def test_a_switch_changes_the_default_level(switch: str) -> None:
     assert parse_opt(str(flags)) == flags
 
 
-def test_switches_are_the_fusing_passes() -> None:
+def test_switches_are_the_fusing_passes_in_their_order_and_graphs() -> None:
     from mlc_compile.compiler.pipeline import FUSING
 
-    assert set(SWITCHES) == set(FUSING)
+    assert tuple(FUSING) == FUSIONS
+    assert (*FUSIONS, "cuda_graph") == SWITCHES
+
+
+def test_levels_grow() -> None:
+    sets = list(LEVELS.values())
+    assert all(lower < higher for lower, higher in pairwise(sets))
+    assert sets[0] == set() and sets[-1] == set(SWITCHES)
 
 
 @pytest.mark.parametrize("text", ["O4", "fuse_norm", "fuse_norm=2", "fuse_nrm=1", "o2", "O2,O3"])

@@ -1,5 +1,6 @@
 """GPU kernels in whole models: the libraries of the GPU targets with a host for this machine, on a
-WebGPU adapter and on the emulated Metal device, against transformers."""
+WebGPU adapter, on the emulated Metal device and, where there is one, on an NVIDIA GPU, against
+transformers."""
 
 from __future__ import annotations
 
@@ -22,6 +23,7 @@ QUICK = {
     ("webgpu", "qwen3", "q0f32"),
     ("webgpu", "llama", "q4f16_1"),
     ("metal", "llama", "q4f16_1"),
+    ("cuda", "llama", "q4f16_1"),
 }
 
 
@@ -49,14 +51,15 @@ def test_library_equals_transformers(
     request: pytest.FixtureRequest,
     tmp_path: Path,
 ) -> None:
-    if device == "webgpu":
-        request.getfixturevalue("webgpu")
+    if device in ("webgpu", "cuda"):
+        request.getfixturevalue(device)
     model_type, changes, sizes, skipped = {**CASES, **MORE}[name]
     source = checkpoint(model_type, **changes)
     if "sliding_window_size" in sizes:
         sizes = {**sizes, "max_batch_size": TARGETS[DEVICES[device]].max_windowed_sequences or 1}
         skipped |= {"ragged_batch", "fork"}
-    built = build(source, scheme, tmp_path, sizes, target=DEVICES[device])
+    target = DEVICES[device] + (":auto" if device == "cuda" else "")
+    built = build(source, scheme, tmp_path, sizes, target=target)
     report = verify(built.directory, built.library, source, decode_steps=24)
     print(report.to_text())
     assert report.failures == []

@@ -1,4 +1,4 @@
-"""GPU kernels as libraries of the devices that run here: `webgpu` and the emulated `metal`."""
+"""GPU kernels as libraries of the devices that run here: `webgpu`, emulated `metal` and `cuda`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import tvm
 
-from mlc_compile.runtime import metal_emulator
+from mlc_compile.runtime import cuda_emulator, metal_emulator
+from mlc_compile.targets.cuda import CUDA
 from mlc_compile.targets.gpu_kernels.device import WEBGPU, GPUDevice
 from mlc_compile.targets.metal import MACOS_BACKEND, METAL
 
@@ -40,15 +41,31 @@ class Device:
 
     def strict(self) -> AbstractContextManager[Any]:
         """Within it, launches of more threads than the limits allow fail, where that can be."""
-        if self.name != "metal":
-            return nullcontext()
-        return metal_emulator.options(max_threads=self.limits.max_threads)
+        limits = self.limits
+        if self.name == "metal":
+            return metal_emulator.options(max_threads=limits.max_threads)
+        if self.name == "cuda":
+            return cuda_emulator.options(
+                max_threads=limits.max_threads, max_shared=limits.shared_bytes
+            )
+        return nullcontext()
 
 
 _WGSL = tvm.target.Target({"kind": "webgpu", "host": {"kind": "llvm"}})
+_CUDA = tvm.target.Target(
+    {
+        "kind": "cuda",
+        "arch": "sm_75",
+        "max_threads_per_block": 1024,
+        "max_shared_memory_per_block": 48 << 10,
+        "thread_warp_size": 32,
+        "host": {"kind": "llvm"},
+    }
+)
 DEVICES = {
     "webgpu": Device("webgpu", _WGSL, WEBGPU),
     "metal": Device("metal", MACOS_BACKEND.tvm_target(None, ".so"), METAL),
+    "cuda": Device("cuda", _CUDA, CUDA),
 }
 
 
@@ -76,10 +93,13 @@ def wgsl(built: Any) -> dict[str, str]:
 def check_limits(device: Device, built: Any) -> dict[str, str]:
     """The code of each device kernel by its name; fails where one exceeds the device's limits.
 
-    Threads of Metal's are in no code: `Device.strict` checks them where a kernel runs.
+    Threads of Metal's are in no code, CUDA's group memory may be dynamic: `Device.strict` checks
+    them where a kernel runs.
     """
     if device.name == "metal":
         return _check_metal(device.limits, built)
+    if device.name == "cuda":
+        return _check_cuda(device.limits, built)
     codes = wgsl(built)
     for name, code in codes.items():
         check_wgsl(name, code, device.limits)
@@ -114,3 +134,13 @@ def _check_metal(limits: GPUDevice, built: Any) -> dict[str, str]:
     for name, code in codes.items():
         assert not re.search(r"\b(u?long|u?int64_t)\b", code), name
     return codes
+
+
+def _check_cuda(limits: GPUDevice, built: Any) -> dict[str, str]:
+    """Threads of every kernel, and no 64-bit words."""
+    units = cuda_emulator.split(built.imports[0].inspect_source())
+    for name, unit in units.items():
+        threads = re.search(r"__launch_bounds__\((\d+)", unit.body)  # none: one thread
+        assert int(threads[1] if threads else 1) <= limits.max_threads, name
+        assert not re.search(r"\b(int64_t|uint64_t|long)\b", unit.body), name
+    return {name: unit.body for name, unit in units.items()}

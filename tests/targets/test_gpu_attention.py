@@ -24,7 +24,7 @@ from mlc_compile.targets.gpu_kernels.device import WEBGPU, GPUDevice
 from mlc_compile.targets.kv_cache import KVCacheSpec
 
 # WGSL's exp2 and log2 may be wrong in the last three bits, and llvmpipe's are.
-SLACK = {"webgpu": 4, "metal": 2}
+SLACK = {"webgpu": 4, "metal": 2, "cuda": 2}
 TOLERANCE = {"float32": 2e-5, "float16": 2e-3}
 
 # query heads, KV heads, head size, dtype; the second has no multiple of 16 dimensions
@@ -312,7 +312,9 @@ def test_trees(device: Device, shape: tuple[int, int, int, str], paged: bool) ->
             mask = np.ones((r, n), bool)
             mask[:, n - len(sees) :] = sees[len(sees) - r :]
             visible.append(mask)
-        orders = np.concatenate([order for order, _ in trees]).ravel()  # flat off CUDA
+        orders = np.concatenate([order for order, _ in trees])
+        if not device.limits.merged_auxiliary:
+            orders = orders.ravel()
         tail = (0, 1.0, 1e4, call.scale)
         if paged:
             pages, page_indptr, ids, last = call.paged()

@@ -95,7 +95,7 @@ def test_launches_keep_to_the_device(kind: Device, vocab: int) -> None:
 def test_smaller_devices_get_smaller_groups(device: Device) -> None:
     small = device.smaller(max_threads=64, shared_bytes=16 << 10)
     for name, code in check_limits(small, built(small, 4097)).items():
-        assert small.name == "metal" or "@workgroup_size(64, 1, 1)" in code, name
+        assert small.name != "webgpu" or "@workgroup_size(64, 1, 1)" in code, name
     probs = random_probs(4097, 2)
     with small.strict():
         values, order = call(small, 4097, "argsort_probs", probs)

@@ -11,7 +11,8 @@ from mlc_compile.targets.kernels import Kernels
 _ACTIVATIONS = {"relax.nn.silu": "silu"}
 
 
-def _rule(rewriter: CallRewriter, call: relax.Call) -> relax.Expr | None:
+def gated_halves(rewriter: CallRewriter, call: relax.Call) -> tuple[str, relax.Expr] | None:
+    """(activation, gate_up [n, 2 size]) where `call` is act(gate) * up of the two halves."""
     if op_name(call) != "relax.multiply":
         return None
     activated, up = (rewriter.definition(arg) for arg in call.args)
@@ -28,6 +29,16 @@ def _rule(rewriter: CallRewriter, call: relax.Call) -> relax.Expr | None:
     size = shape_of(call)[1]
     if len(shape_of(gate_up)) != 2 or shape_of(gate_up)[1] != 2 * size:
         return None
+    return activation, gate_up
+
+
+def _rule(rewriter: CallRewriter, call: relax.Call) -> relax.Expr | None:
+    found = gated_halves(rewriter, call)
+    if found is None:
+        return None
+    activation, gate_up = found
+    size = shape_of(call)[1]
+    assert isinstance(size, int)
     kernel = rewriter.kernels.gated(activation, size, dtype_of(call), rows_of(call))
     return None if kernel is None else rewriter.call_kernel(kernel, "gated", [gate_up], [call.ty])
 

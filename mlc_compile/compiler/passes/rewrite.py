@@ -3,7 +3,9 @@ kernel."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from tvm import ir, relax, tirx
 from tvm.ir import IRModule
@@ -35,6 +37,18 @@ def dtype_of(expr: relax.Expr) -> str:
     return str(expr.ty.dtype)
 
 
+class MadeOnce:
+    """A target's kernels, each made once: every layer asks for the same ones."""
+
+    def __init__(self, kernels: Kernels) -> None:
+        self._kernels = kernels
+
+    def __getattr__(self, name: str) -> Any:
+        made = functools.cache(getattr(self._kernels, name))
+        setattr(self, name, made)
+        return made
+
+
 @mutator
 class CallRewriter(PyExprMutator):
     """Visits every call of every Relax function and asks `rule` for what takes its place.
@@ -48,6 +62,7 @@ class CallRewriter(PyExprMutator):
         self.mod = mod
         self.kernels = kernels
         self.rule = rule
+        self._added: dict[PrimFunc, relax.GlobalVar] = {}
 
     def transform(self) -> IRModule:
         """The module with every Relax function rewritten and dead bindings removed."""
@@ -80,11 +95,23 @@ class CallRewriter(PyExprMutator):
         return func if isinstance(func, PrimFunc) else None
 
     def call_kernel(
-        self, kernel: PrimFunc, name: str, args: Sequence[relax.Expr], outputs: Sequence[relax.Type]
+        self,
+        kernel: PrimFunc,
+        name: str,
+        args: Sequence[relax.Expr],
+        outputs: Sequence[relax.Type],
+        attrs: Mapping[str, str] | None = None,
     ) -> relax.Expr:
-        """call_tir of a kernel added to the module; an equal kernel is added once."""
-        kernel = kernel.with_attr("op_pattern", 8)  # opaque: fused already
-        gv = self.builder_.add_func(kernel, name)
+        """call_tir of a kernel added to the module, with these attributes; an equal kernel is added
+        once.
+
+        It has no symbol of its own yet, so that it goes when a later pass replaces its calls.
+        """
+        gv = self._added.get(kernel)
+        if gv is None:
+            private = kernel.without_attr("global_symbol")
+            private = private.with_attr({"op_pattern": 8, **(attrs or {})})  # opaque: fused already
+            gv = self._added[kernel] = self.builder_.add_func(private, name)
         out = list(outputs)
         return relax.call_tir(gv, list(args), out[0] if len(out) == 1 else out)
 

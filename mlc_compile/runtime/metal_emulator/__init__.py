@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from mlc_compile.errors import InputError
+from mlc_compile.runtime.emulation import immortal
 from mlc_compile.runtime.metal_emulator.artefact import KernelSource, parse_module, read_kernels
 from mlc_compile.runtime.metal_emulator.limits import Limits, Verdict, check_kernels, check_limits
 from mlc_compile.runtime.metal_emulator.native import TypeCheckError, core_library, kernel_library
@@ -133,7 +134,7 @@ def install() -> str:
             "mlc_compile.metal_emulator.compile": _compile,
         }
         for name, function in functions.items():
-            tvm_ffi.register_global_func(name, _immortal(function), override=True)
+            tvm_ffi.register_global_func(name, immortal(function), override=True)
         _state.core = core
         set_options(chosen)
     return "emulated Metal (CPU)"
@@ -267,14 +268,3 @@ def _compile(number: int, name: str, mode: int) -> int:
     library = ctypes.CDLL(str(path))
     _state.libraries.append(library)
     return ctypes.addressof(ctypes.c_char.in_dll(library, "msl_kernel"))
-
-
-def _immortal(function: Callable[..., Any]) -> Any:
-    """A function for C++ that is never freed: what C++ still holds when the process exits, it
-    releases after Python has gone."""
-    import tvm_ffi
-
-    converted = tvm_ffi.convert(function)
-    library = ctypes.CDLL(tvm_ffi.libinfo.find_libtvm_ffi())
-    library.TVMFFIObjectIncRef(ctypes.c_void_p(converted.__chandle__()))
-    return converted
