@@ -198,7 +198,7 @@ TARGETS: Mapping[str, TargetProfile] = MappingProxyType(
                 variants="architectures, such as sm_80,sm_90, or auto for this machine's GPU "
                 "(default: sm_75,sm_80,sm_90)",
                 compile_defaults=MappingProxyType({"max_batch_size": 8}),
-                # The context, and workspaces that kernels take beside the plan: benchmarks/NOTES.md.
+                # The context, and workspaces of kernels beside the plan: benchmarks/NOTES.md.
                 runtime_reserve_bytes=768 << 20,
             ),
             _ios(
