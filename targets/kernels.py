@@ -26,8 +26,8 @@ class LinearSpec:
     """One matmul, y = x W^T with what is fused into it, and the buffers of its kernel.
 
     In order: x is replaced by its norm, multiplied, the bias is added, the activation is applied,
-    the residual is added; all of it in float32, rounded once to `out_dtype`. `arguments` lists the
-    kernel's buffers.
+    the residual is added; all of it in float32, rounded once to `out_dtype`. The norm alone is
+    rounded to `x_dtype` before the product. `arguments` lists the kernel's buffers.
 
     in_features (K), out_features (N): of the weight as the model sees it, without padding.
     scheme: how the weight is packed, None for a plain [N, K] weight. `scheme.layout` is that of
