@@ -96,6 +96,7 @@ def bisect(built: BuiltModel, library: Path, *options: str) -> Any:
     )
 
 
+@pytest.mark.slow
 def test_the_command_names_a_planted_fault(
     built: BuiltModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -66,6 +66,7 @@ def test_library_equals_transformers(
     assert worst < {"float32": 1e-9, "float16": 1e-3, "bfloat16": 3e-2}[dtype]
 
 
+@pytest.mark.slow
 def test_graphs_and_dependent_launches(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     model_type, changes, sizes, skipped = ALL["one-layer"]
     source = checkpoint(model_type, **changes)
