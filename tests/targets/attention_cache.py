@@ -383,7 +383,8 @@ def popn_and_reuse(make: Make) -> None:
 def unwritten_slots(make: Make, window: int | None) -> None:
     cache = make(total=64, chunk=64, batch=1, window=window)
     pages = runtime("attention_kv_cache_get_num_available_pages", cache.kv)
-    bad = np.full((1, 16 * (pages - 1), 10, 32), np.nan, np.float32)
+    heads = cache.q_heads + 2 * cache.kv_heads
+    bad = np.full((1, 16 * (pages - 1), heads, cache.d), np.nan, DTYPES[cache.dtype])
     for n in (5, 60):
         # Fill the pages with NaN, then see that nothing of it comes back.
         cache.add(7)
