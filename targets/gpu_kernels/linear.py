@@ -41,7 +41,7 @@ def linear_kernel(
     dtypes = {spec.x_dtype, spec.out_dtype, spec.weight_dtype, spec.bias_dtype}
     if spec.scheme is not None:
         dtypes.add(spec.scheme.model_dtype)
-    if "bfloat16" in dtypes:
+    if "bfloat16" in dtypes and not device.bfloat16:
         return None
     n, k, scheme = spec.out_features, spec.in_features, spec.scheme
     rows = 1 if spec.rows == 1 else symbol("n")

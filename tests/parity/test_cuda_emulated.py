@@ -60,13 +60,10 @@ def test_library_equals_transformers(
         built = build(source, scheme, tmp_path, sizes, target=target)
         report = verify(built.directory, built.library, source, decode_steps=8 if quick else 24)
     print(report.to_text())
-    # A bfloat16 rounds at 2^-9: on a random model some position errs by more than verify allows.
-    noise = "max error" if dtype == "bfloat16" else None
-    assert [f for f in report.failures if noise is None or noise not in f] == []
+    assert report.failures == []
     assert {s.name for s in report.scenarios if s.skipped} == skipped
     worst = max(s.worst("nmse") for s in report.scenarios)
-    # bfloat16: the worst position, 0.031 seen; verify bounds the mean, 0.008 seen.
-    assert worst < {"float32": 1e-9, "float16": 1e-3, "bfloat16": 5e-2}[dtype]
+    assert worst < {"float32": 1e-9, "float16": 1e-3, "bfloat16": 3e-2}[dtype]
 
 
 @pytest.mark.slow
