@@ -83,9 +83,10 @@ format: $(DEV) ## Mend what ruff can mend.
 	$(BIN)/ruff format .
 
 .PHONY: docs
-docs: $(BASE) ## Write docs/cli.md and the tables of README.md and docs/ios.md.
+docs: $(BASE) ## Write docs/cli.md and the tables of README.md, docs/models.md and docs/ios.md.
 	$(BIN)/python docs/generate_cli.py > docs/cli.md
 	$(BIN)/python docs/generate_tables.py
+	$(BIN)/python docs/generate_models.py
 	$(BIN)/python docs/generate_phones.py
 
 .PHONY: clean

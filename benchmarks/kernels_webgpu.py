@@ -13,6 +13,10 @@ Python, numpy and wgpu alone can run it. There:
 - A time is that of one dispatch among many in one pass, by timestamps at its ends (the clock of
   this process where the adapter has none); the median of several passes. Consecutive dispatches
   depend on each other, as in a model, so a launch's latency is part of it.
+- A chain is what one token makes of the products of a model, all layers and the head, once with
+  every norm, residual sum and gating in the products' kernels and once with kernels of their own
+  (attention is left out: its output is taken to be the queries). Both chains meet the same weights,
+  and must end in the same numbers.
 - Copy bandwidth (bytes read plus bytes written, the better of a kernel and the copy command), read
   bandwidth and the time of an empty dispatch come from the same run.
 """
@@ -27,6 +31,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,28 +60,33 @@ MODELS: dict[str, dict[str, tuple[int, int, int]]] = {
     },
     "tiny": {"square": (96, 64, 1), "odd": (75, 200, 1)},
 }
+# What a model asks of each product when all is fused; else of none.
+FUSED: dict[str, dict[str, Any]] = {
+    "qkv": {"norm_eps": 1e-5},
+    "o": {"residual": True},
+    "gate_up": {"norm_eps": 1e-5, "activation": "silu"},
+    "down": {"residual": True},
+    "lm_head": {"norm_eps": 1e-5},
+}
+WEIGHTS = ("q_weight", "q_scale", "weight")
 TOLERANCE = {"float32": 1e-6, "float16": 1e-3}  # of sum |x| |w|
 CHECKED_ROWS = 48
-WARM_SECONDS = 0.25
 # lanes, teams, rows, words, unroll (targets/gpu_kernels/_gemv.py)
 GEMV_CANDIDATES: tuple[tuple[Any, ...], ...] = (
-    (32, 4, 4, 1, 2),
-    (32, 4, 4, 4, 1),
-    (32, 8, 4, 4, 1),
-    (32, 8, 2, 4, 1),
-    (32, 8, 4, 4, 1, "stage"),
+    (32, 4, 4, 1, 4),
+    (64, 2, 4, 1, 4),
+    (64, 2, 4, 2, 2),
+    (64, 1, 4, 2, 2),
+    (64, 2, 2, 2, 2),
     (64, 2, 4, 4, 1),
-    (64, 4, 4, 4, 1),
-    (64, 4, 2, 4, 1),
-    (64, 4, 4, 2, 1),
-    (64, 2, 8, 4, 1),
-    (64, 4, 4, 4, 1, "mantissa"),
+    (128, 1, 4, 1, 4),
+    (128, 1, 2, 1, 4),
+    (128, 1, 4, 2, 2),
+    (128, 1, 2, 2, 2),
     (128, 1, 4, 4, 1),
-    (128, 2, 2, 4, 1),
-    (128, 2, 4, 4, 1),
-    (128, 2, 4, 2, 1),
-    (128, 2, 4, 4, 1, "mantissa"),
-    (256, 1, 4, 4, 1),
+    (128, 2, 4, 2, 2),
+    (256, 1, 4, 1, 2),
+    (256, 1, 4, 2, 1),
 )
 ITEM = {"float16": 2, "float32": 4, "uint32": 4}
 
@@ -153,18 +163,16 @@ class Emitter:
         self.load = webgpu_device.load
         self.target = tvm.target.Target({"kind": "webgpu", "host": {"kind": "llvm"}})
         self.kernels: list[dict[str, Any]] = []
+        self.chains: list[dict[str, Any]] = []
         folder.mkdir(parents=True, exist_ok=True)
 
-    def add(self, name: str, spec: Any, rows: int, label: str, func: Any, **extra: Any) -> None:
-        """Describe `func`, the kernel of `spec`, called with `rows` rows."""
+    def add(self, name: str, arguments: Any, func: Any, **extra: Any) -> int:
+        """Describe `func`, the kernel of these arguments (role, shape, dtype); its number."""
         tvm = self.tvm
         start = time.perf_counter()
         module = tvm.IRModule({"kernel": func.with_attr("global_symbol", "kernel")})
         run = self.load(tvm.tirx.build(module, target=self.target))["kernel"]
         seconds = time.perf_counter() - start
-        n, k = spec.out_features, spec.in_features
-        arguments = [("x", (rows, k), spec.x_dtype), *spec.weight_shapes()]
-        arguments.append(("out", (rows, n), spec.out_dtype))
         tensors, roles = [], {}
         device = tvm.device("webgpu", 0)
         for role, shape, dtype in arguments:
@@ -177,37 +185,50 @@ class Emitter:
             (self.folder / file).write_text(launch.pop("wgsl"), encoding="utf-8")
             launch["file"] = file
             launch["bindings"] = [roles[number] for number in launch["bindings"]]
-        scheme = spec.scheme
+        described = [
+            {"role": role, "shape": list(shape), "dtype": dtype} for role, shape, dtype in arguments
+        ]
         self.kernels.append(
             {
                 "name": name,
-                "n": n,
-                "k": k,
-                "rows": rows,
-                "label": label,
-                "scheme": None
-                if scheme is None
-                else {
-                    "name": scheme.name,
-                    "bits": scheme.bits,
-                    "group_size": scheme.group_size,
-                    "layout": scheme.layout,
-                    "max_int": scheme.max_int,
-                },
-                "arguments": [
-                    {"role": role, "shape": list(shape), "dtype": dtype}
-                    for role, shape, dtype in arguments
-                ],
+                "arguments": described,
                 "launches": list(self.recorder.launches),
                 "build_s": round(seconds, 3),
                 **extra,
             }
         )
+        return len(self.kernels) - 1
+
+    def linear(self, name: str, spec: Any, rows: int, label: str, func: Any, **extra: Any) -> int:
+        """Describe `func`, the kernel of `spec`, called with `rows` rows."""
+        scheme = spec.scheme
+        return self.add(
+            name,
+            spec.arguments(rows),
+            func,
+            n=spec.out_features,
+            k=spec.in_features,
+            rows=rows,
+            label=label,
+            scheme=None
+            if scheme is None
+            else {
+                "name": scheme.name,
+                "bits": scheme.bits,
+                "group_size": scheme.group_size,
+                "layout": scheme.layout,
+                "max_int": scheme.max_int,
+            },
+            norm_eps=spec.norm_eps,
+            gated=spec.activation is not None,
+            residual=spec.residual,
+            **extra,
+        )
 
     def write(self) -> None:
         import tvm
 
-        described = {"tvm": tvm.__version__, "kernels": self.kernels}
+        described = {"tvm": tvm.__version__, "kernels": self.kernels, "chains": self.chains}
         text = json.dumps(described, indent=1) + "\n"
         (self.folder / "kernels.json").write_text(text, encoding="utf-8")
 
@@ -224,10 +245,7 @@ def gemv_candidates(spec: Any, sweep: bool) -> Iterator[Any]:
             yield GemvConfig(lanes=lanes, teams=teams, rows=rows)
         return
     for cut in GEMV_CANDIDATES:
-        lanes, teams, rows, words, unroll, *rest = cut
-        stage = "stage" in rest
-        decode: Any = "mantissa" if "mantissa" in rest else "bytes"
-        yield GemvConfig(lanes, teams, rows, words, unroll, stage, decode)
+        yield GemvConfig(*cut)
 
 
 def gemm_candidates(sweep: bool) -> Iterator[Any]:
@@ -261,20 +279,11 @@ def emit(args: argparse.Namespace, folder: Path) -> None:
     from mlc_compile.targets.kernels import LinearSpec
 
     emitter = Emitter(folder)
-    cases = [
-        (rows, scheme_name, model, name, shape)
-        for rows in args.rows
-        for scheme_name in args.schemes
-        for model in args.models
-        for name, shape in MODELS[model].items()
-        if not args.shapes or name in args.shapes
-    ]
-    for rows, scheme_name, model, name, (n, k, times) in cases:
-        if rows > 1 and (name == "lm_head" or scheme_name not in args.prefill_schemes):
-            continue
+
+    def spec_of(scheme_name: str, name: str, n: int, k: int, rows: int, **fused: Any) -> LinearSpec:
         scheme = get_scheme(scheme_name)
         dtype = scheme.model_dtype
-        spec = LinearSpec(
+        return LinearSpec(
             k,
             n,
             None if scheme.is_plain else scheme,
@@ -282,7 +291,24 @@ def emit(args: argparse.Namespace, folder: Path) -> None:
             "float32" if name == "lm_head" else dtype,
             rows=1 if rows == 1 else None,
             weight_dtype=dtype if scheme.is_plain else None,
+            **fused,
         )
+
+    cases = [
+        (rows, scheme_name, model, name, shape, fused)
+        for rows in args.rows
+        for scheme_name in args.schemes
+        for model in args.models
+        for name, shape in MODELS[model].items()
+        for fused in ((False, True) if rows == 1 and args.fused else (False,))
+        if not args.shapes or name in args.shapes
+    ]
+    for rows, scheme_name, model, name, (n, k, times), fused in cases:
+        if rows > 1 and (name == "lm_head" or scheme_name not in args.prefill_schemes):
+            continue
+        spec = spec_of(scheme_name, name, n, k, rows, **(FUSED[name] if fused else {}))
+        if spec.norm_eps is not None and linear_kernel(spec, device=WEBGPU) is None:
+            continue  # the norm stays apart
         few = rows <= FEW_ROWS
         sweep = scheme_name in args.sweep and model in args.sweep_models
         sweep = sweep and (rows == 1 or not few)
@@ -291,9 +317,105 @@ def emit(args: argparse.Namespace, folder: Path) -> None:
             func = linear_kernel(spec, device=WEBGPU, **chosen)
             if func is not None:
                 label = "chosen" if config is None else config.label
-                emitter.add(f"{model}/{name}", spec, rows, label, func, times=times, model=model)
+                title = f"{model}/{name}" + (" fused" if fused else "")
+                emitter.linear(title, spec, rows, label, func, times=times, model=model)
         print(f"{model}/{name} {scheme_name}, {rows} rows: {len(emitter.kernels)}", flush=True)
+    for model in args.chains:
+        for scheme_name in args.schemes:
+            for fused in (False, True):
+                shapes = MODELS[model]
+                specs = {
+                    name: spec_of(scheme_name, name, n, k, 1, **(FUSED[name] if fused else {}))
+                    for name, (n, k, _) in shapes.items()
+                }
+                for name, spec in specs.items():
+                    if linear_kernel(spec, device=WEBGPU) is None:
+                        specs[name] = replace(spec, norm_eps=None)
+                add_chain(emitter, f"{model} {scheme_name}", specs, shapes["qkv"][2], fused)
     emitter.write()
+
+
+def add_chain(emitter: Emitter, name: str, specs: dict[str, Any], layers: int, fused: bool) -> None:
+    """A chain of the products `specs`: names of buffers for the arguments of each kernel; the
+    weights' are their roles, and taken from the pools."""
+    from mlc_compile.targets.gpu_kernels import elementwise
+    from mlc_compile.targets.gpu_kernels.device import WEBGPU
+    from mlc_compile.targets.gpu_kernels.linear import linear_kernel
+
+    dtype, hidden = specs["qkv"].x_dtype, specs["qkv"].in_features
+    inner = specs["down"].in_features
+
+    def product(key: str, x: str, out: str, residual: str = "") -> dict[str, Any]:
+        spec = specs[key]
+        func = linear_kernel(spec, device=WEBGPU)
+        number = emitter.linear(f"chain {key}", spec, 1, "chosen", func, only_chain=True)
+        buffers = {"x": x, "out": out, "residual": residual, "norm_weight": "norm_weight"}
+        bind = {role: buffers.get(role, role) for role, _, _ in spec.arguments(1)}
+        return {"kernel": number, "bind": bind, "product": key}
+
+    def other(func: Any, **bind: tuple[str, int]) -> dict[str, Any]:
+        arguments = [
+            (role, (size,) if role == "norm_weight" else (1, size), dtype)
+            for role, (_, size) in bind.items()
+        ]
+        number = emitter.add("chain", arguments, func, only_chain=True)
+        return {"kernel": number, "bind": {role: buffer for role, (buffer, _) in bind.items()}}
+
+    def norm_apart(x: str) -> dict[str, Any]:
+        func = elementwise.rms_norm(hidden, dtype, 1e-5, 1, device=WEBGPU)
+        return other(
+            func, x=(x, hidden), norm_weight=("norm_weight", hidden), out=("normed", hidden)
+        )
+
+    def normed(key: str, x: str, out: str) -> list[dict[str, Any]]:
+        if specs[key].norm_eps is not None:
+            return [product(key, x, out)]
+        return [norm_apart(x), product(key, "normed", out)]
+
+    def norm() -> dict[str, Any]:
+        func = elementwise.add_rms_norm(hidden, dtype, 1e-5, 1, device=WEBGPU)
+        names = {"x": "y", "residual": "h", "norm_weight": "norm_weight"}
+        names |= {"normed": "normed", "total": "t"}
+        return other(func, **{role: (buffer, hidden) for role, buffer in names.items()})
+
+    if fused:
+        layer = [
+            *normed("qkv", "h", "qkv"),
+            product("o", "qkv", "t", "h"),
+            *normed("gate_up", "t", "act"),
+            product("down", "act", "h", "t"),
+        ]
+        head = normed("lm_head", "h", "logits")
+    else:
+        # The sum of one norm is the other's residual: two buffers, t and h, by turns.
+        def swapped(step: dict[str, Any]) -> dict[str, Any]:
+            swap = {"t": "h", "h": "t"}
+            return {**step, "bind": {r: swap.get(b, b) for r, b in step["bind"].items()}}
+
+        gate = elementwise.gated_activation("silu", inner, dtype, 1, device=WEBGPU)
+        arguments = [("gate_up", (1, 2 * inner), dtype), ("out", (1, inner), dtype)]
+        number = emitter.add("chain", arguments, gate, only_chain=True)
+        gated = {"kernel": number, "bind": {"gate_up": "gate_up", "out": "act"}}
+        first = norm()
+        layer = [
+            first,
+            product("qkv", "normed", "qkv"),
+            product("o", "qkv", "y"),
+            swapped(first),
+            product("gate_up", "normed", "gate_up"),
+            gated,
+            product("down", "act", "y"),
+        ]
+        head = [first, product("lm_head", "normed", "logits")]
+    emitter.chains.append(
+        {
+            "name": name,
+            "fused": fused,
+            "layers": layers,
+            "layer": layer,
+            "head": head,
+        }
+    )
 
 
 # ------------------------------------------------------------------ run: numpy and wgpu alone
@@ -337,7 +459,8 @@ class Runner:
         adapter = min(adapters, key=lambda a: ranks.get(a.info["adapter_type"], 4))
         self.info = {key: str(value) for key, value in adapter.info.items()}
         self.software = adapter.info["adapter_type"] == "CPU"
-        features = [f for f in ("shader-f16", "timestamp-query") if f in adapter.features]
+        wanted = ("shader-f16", "timestamp-query", "subgroup")
+        features = [f for f in wanted if f in adapter.features]
         self.timestamps = "timestamp-query" in features and not args.no_timestamps
         names = ("max-buffer-size", "max-storage-buffer-binding-size")
         limits = {n: min(adapter.limits[n], (1 << 31) - 4) for n in names}
@@ -355,12 +478,13 @@ class Runner:
         self.pools: dict[str, tuple[Any, Any]] = {}
 
     def pool(self, dtype: str, nbytes: int) -> tuple[Any, Any]:
-        """(buffer, its content) of at least nbytes random elements of a dtype."""
+        """(buffer, its content) of at least nbytes of random elements of a dtype.
+
+        A pool that was too small is replaced, and lives on in the kernels prepared with it.
+        """
         np = self.np
         if dtype in self.pools and self.pools[dtype][1].nbytes >= nbytes:
             return self.pools[dtype]
-        if dtype in self.pools:
-            self.pools.pop(dtype)[0].destroy()
         count = -(-nbytes // ITEM[dtype])
         if dtype == "uint32":
             content = np.frombuffer(self.rng.bytes(4 * count), np.uint32)
@@ -435,15 +559,26 @@ class Runner:
             self._probe = self.device.create_buffer(size=16, usage=self.usage)
         self.device.queue.read_buffer(self._probe)
 
-    def median(self, record: Callable[[Any, int], None]) -> float:
-        """Median over passes, each of about --pass-ms."""
-        once = max(self.timed(record, 2), 1e-7)
-        count = int(min(max(self.args.pass_ms * 1e-3 / once, 2), 2000))
+    def medians(self, records: list[Callable[[Any, int], None]]) -> list[float]:
+        """Seconds of a dispatch of each, the median over rounds in which all take turns.
+
+        A pass takes about --pass-ms, and no pause lies between two: a GPU that waits for its next
+        kernel to be compiled lowers its clocks, and a quarter of a second does not bring them back.
+        """
         started = time.perf_counter()
-        while time.perf_counter() - started < WARM_SECONDS:  # clocks fall while a kernel compiles
-            self.timed(record, count)
-        times = sorted(self.timed(record, count) for _ in range(self.args.passes))
-        return times[len(times) // 2]
+        counts = [0] * len(records)
+        while not all(counts) or time.perf_counter() - started < self.args.warm_s:
+            for i, record in enumerate(records):
+                once = max(self.timed(record, max(counts[i], 2)), 1e-7)
+                counts[i] = int(min(max(self.args.pass_ms * 1e-3 / once, 2), 2000))
+        rounds = [
+            [self.timed(record, count) for record, count in zip(records, counts, strict=True)]
+            for _ in range(self.args.passes)
+        ]
+        return [sorted(times)[len(times) // 2] for times in zip(*rounds, strict=True)]
+
+    def median(self, record: Callable[[Any, int], None]) -> float:
+        return self.medians([record])[0]
 
     def bandwidth(self) -> dict[str, float]:
         """Copy and read bandwidth in bytes per second, and seconds of an empty dispatch."""
@@ -518,13 +653,15 @@ struct P { n: u32 }
         found = sorted((go(many) - go(1)) / (many - 1) for _ in range(5))
         return max(found[2], 1e-9)
 
-    def kernel(self, folder: Path, kernel: dict[str, Any]) -> dict[str, Any]:
-        """Check and time one kernel."""
+    def prepare(
+        self, folder: Path, kernel: dict[str, Any]
+    ) -> tuple[Callable[[Any, int], None], dict[str, Any]]:
+        """Check one kernel: what dispatches it, and what is known of it but its time."""
         np = self.np
         shapes = {a["role"]: tuple(a["shape"]) for a in kernel["arguments"]}
         dtypes = {a["role"]: a["dtype"] for a in kernel["arguments"]}
         sizes = {r: math.prod(s) * ITEM[dtypes[r]] for r, s in shapes.items()}
-        weights = [r for r in shapes if r not in ("x", "out")]
+        weights = [r for r in shapes if r in WEIGHTS]
         total = sum(sizes[r] for r in weights)
         copies = min(64, max(2, -(-(self.args.cold_mib << 20) // total)))
         if kernel["rows"] > 8:
@@ -535,11 +672,13 @@ struct P { n: u32 }
             need = sum(strides[r] * copies for r in weights if dtypes[r] == dtype)
             # A pool grows in large steps: filling one takes seconds.
             pools[dtype] = self.pool(dtype, -(-need // (64 << 20)) * (64 << 20))
-        x = self.rng.standard_normal(shapes["x"]).astype(dtypes["x"])
-        own = {
-            "x": self.filled(np.frombuffer(x.tobytes(), np.uint8), 0),
-            "out": self.filled(np.full(sizes["out"], 0xFF, np.uint8), 0xFF),  # NaN
+        inputs = {
+            r: self.rng.standard_normal(shapes[r]).astype(dtypes[r])
+            for r in shapes
+            if r not in weights and r != "out"
         }
+        own = {r: self.filled(np.frombuffer(a.tobytes(), np.uint8), 0) for r, a in inputs.items()}
+        own["out"] = self.filled(np.full(sizes["out"], 0xFF, np.uint8), 0xFF)  # NaN
         # Stretch i of every weight: a pool is cut into `copies` of each, one role after another.
         stretches: list[dict[str, Any]] = [{} for _ in range(copies)]
         used = dict.fromkeys(pools, 0)
@@ -578,22 +717,15 @@ struct P { n: u32 }
             arrays[r] = raw.view(dtypes[r]).reshape(shapes[r])
         got = np.frombuffer(self.device.queue.read_buffer(own["out"]), np.uint8)[: sizes["out"]]
         out = got.view(dtypes["out"]).reshape(shapes["out"])
-        error = self._error(kernel, arrays, x, out)
-        seconds = self.median(record)
-        for buffer in own.values():
-            buffer.destroy()
-        moved = total + sizes["x"] + sizes["out"]
-        return {
+        error = self._error(kernel, arrays, inputs, out)
+        return record, {
             "name": kernel["name"],
             "scheme": kernel["scheme"]["name"] if kernel["scheme"] else dtypes["weight"],
             "n": kernel["n"],
             "k": kernel["k"],
             "rows": kernel["rows"],
             "label": kernel["label"],
-            "seconds": seconds,
-            "bytes": moved,
-            "bytes_per_s": moved / seconds,
-            "flop_per_s": 2.0 * kernel["n"] * kernel["k"] * kernel["rows"] / seconds,
+            "bytes": total + sum(sizes[r] for r in own),
             "error": error,
             "tolerance": TOLERANCE[dtypes["out"]],
             "ok": bool(error < TOLERANCE[dtypes["out"]]),
@@ -611,18 +743,167 @@ struct P { n: u32 }
         usage = self.wgpu.BufferUsage.UNIFORM if uniform else self.usage
         return self.device.create_buffer_with_data(data=content, usage=usage)
 
-    def _error(self, kernel: dict[str, Any], arrays: dict[str, Any], x: Any, out: Any) -> float:
+    def _error(
+        self, kernel: dict[str, Any], arrays: dict[str, Any], inputs: dict[str, Any], out: Any
+    ) -> float:
         """Largest error over sum |x| |w| in some columns; inf for poison anywhere."""
         np = self.np
         if not np.isfinite(out).all():
             return math.inf
-        n = kernel["n"]
+        n = out.shape[1]
         picks = np.unique(np.concatenate([self.rng.integers(0, n, CHECKED_ROWS), [0, n - 1]]))
+        wide = inputs["x"].astype(np.float64)
+        if kernel["norm_eps"] is not None:
+            mean = np.mean(wide**2, axis=1, keepdims=True)
+            wide = wide / np.sqrt(mean + kernel["norm_eps"])
+            wide = wide * inputs["norm_weight"].astype(np.float64)
         weight = numpy_weight(kernel, arrays, picks)
-        wide = x.astype(np.float64)
-        magnitude = np.abs(wide) @ np.abs(weight).T + 1e-9
-        wrong = np.abs(out[:, picks].astype(np.float64) - wide @ weight.T)
+        expected, magnitude = wide @ weight.T, np.abs(wide) @ np.abs(weight).T + 1e-9
+        if kernel["gated"]:
+            weight = numpy_weight(kernel, arrays, picks + n)
+            up, its = wide @ weight.T, np.abs(wide) @ np.abs(weight).T
+            magnitude = magnitude * (np.abs(up) + 1) + its * np.abs(expected)
+            expected = expected / (1 + np.exp(-expected)) * up
+        if kernel["residual"]:
+            residual = inputs["residual"][:, picks].astype(np.float64)
+            expected, magnitude = expected + residual, magnitude + np.abs(residual)
+        wrong = np.abs(out[:, picks].astype(np.float64) - expected)
         return float((wrong / magnitude).max())
+
+    def chain(
+        self, folder: Path, kernels: list[dict[str, Any]], chain: dict[str, Any]
+    ) -> tuple[Callable[[Any, int], None], dict[str, Any]]:
+        """What runs all dispatches of one token, and what is known of them; the logits too."""
+        np = self.np
+        # Weights: one stretch of each product after the other, layer by layer, from the start
+        # again where the pools end, so that both chains of a model meet the same ones.
+        sizes: dict[str, dict[str, int]] = {}
+        buffers: dict[str, int] = {}
+        for step in (*chain["layer"], *chain["head"]):
+            for a in kernels[step["kernel"]]["arguments"]:
+                nbytes = math.prod(a["shape"]) * ITEM[a["dtype"]]
+                if a["role"] in WEIGHTS:
+                    sizes.setdefault(step["product"], {})[a["role"]] = nbytes
+                else:
+                    name = step["bind"][a["role"]]
+                    buffers[name] = max(buffers.get(name, 0), nbytes)
+        dtypes = {
+            a["role"]: a["dtype"]
+            for step in chain["layer"]
+            for a in kernels[step["kernel"]]["arguments"]
+        }
+        order = ["qkv", "o", "gate_up", "down"]
+        run = [(i, key) for i in range(chain["layers"]) for key in order] + [(-1, "lm_head")]
+        places: dict[tuple[int, str, str], tuple[Any, int, int]] = {}
+        used: dict[str, int] = {}
+        pools = {}
+        for role in sizes["qkv"]:
+            longest = max(s[role] for s in sizes.values())
+            need = sum(s[role] + 256 for s in sizes.values()) * 2 + longest
+            dtype = dtypes[role]
+            pools[role] = self.pool(
+                dtype, max(need, self.args.cold_mib << (20 if "q_w" in role else 17))
+            )
+        for i, key in run:
+            for role, nbytes in sizes[key].items():
+                buffer, content = pools[role]
+                start = used.get(role, 0)
+                if start + nbytes + 16 > content.nbytes:
+                    start = 0
+                places[i, key, role] = (buffer, start, -(-nbytes // 16) * 16)
+                used[role] = start + -(-nbytes // 256) * 256
+        own = {}
+        for name, nbytes in buffers.items():
+            dtype = np.float32 if name == "logits" else np.dtype(dtypes["x"])
+            content = np.zeros(-(-nbytes // np.dtype(dtype).itemsize), dtype)
+            if name == "norm_weight":
+                scheme = kernels[chain["head"][-1]["kernel"]]["scheme"]
+                # Codes of more bits stand for larger weights here, and float16 ends at 65504.
+                content[:] = 7 / scheme["max_int"] if scheme else 1
+            own[name] = self.filled(content.view(np.uint8), 0)
+        made: dict[tuple[int, int], Any] = {}
+        steps = []
+
+        def add(i: int, step: dict[str, Any]) -> None:
+            kernel = kernels[step["kernel"]]
+            for j, launch in enumerate(kernel["launches"]):
+                key = (step["kernel"], j)
+                if key not in made:
+                    wgsl = (folder / launch["file"]).read_text(encoding="utf-8")
+                    scalars = np.array([*launch["scalars"], launch["grid"][0]], np.int32)
+                    made[key] = (
+                        *self.pipeline(wgsl, launch["entry"], launch["writes"]),
+                        self.filled(scalars.view(np.uint8), 0, uniform=True),
+                    )
+                pipeline, layout, uniform = made[key]
+                grid = list(launch["grid"])
+                while grid[0] > 65535:
+                    grid[0], grid[2] = (grid[0] + 1) // 2, grid[2] * 2
+                bound = []
+                for role in launch["bindings"]:
+                    if role in WEIGHTS:
+                        bound.append(places[i, step["product"], role])
+                    else:
+                        buffer = own[step["bind"][role]]
+                        bound.append((buffer, 0, buffer.size))
+                bound.append((uniform, 0, uniform.size))
+                steps.append((pipeline, self.group(layout, bound), grid))
+
+        for i in range(chain["layers"]):
+            for step in chain["layer"]:
+                add(i, step)
+        for step in chain["head"]:
+            add(-1, step)
+
+        def record(compute: Any, i: int) -> None:
+            for pipeline, group, grid in steps:
+                compute.set_pipeline(pipeline)
+                compute.set_bind_group(0, group)
+                compute.dispatch_workgroups(*grid)
+
+        first = np.zeros(own["h"].size // np.dtype(dtypes["x"]).itemsize, dtypes["x"])
+        first[:] = np.random.default_rng(1).standard_normal(first.size)
+        for name in ("h", "y", "t"):
+            if name in own:
+                value = first if name == "h" else np.zeros_like(first)
+                self.device.queue.write_buffer(own[name], 0, value.view(np.uint8))
+        self.timed(record, 1)
+        logits = np.frombuffer(self.device.queue.read_buffer(own["logits"]), np.float32).copy()
+        return record, {
+            "name": chain["name"],
+            "fused": chain["fused"],
+            "dispatches": len(steps),
+            "bytes": sum(sum(sizes[key].values()) for _, key in run),
+            "logits": logits,
+        }
+
+
+def chains(runner: Runner, folder: Path, described: dict[str, Any], copy: float) -> list[Any]:
+    """Time all chains; the two of a model must agree."""
+    np = runner.np
+    found = [
+        runner.chain(folder, described["kernels"], chain) for chain in described.get("chains", [])
+    ]
+    times = runner.medians([record for record, _ in found]) if found else []
+    results, before = [], {}
+    for (_, r), seconds in zip(found, times, strict=True):
+        logits = r.pop("logits")
+        r |= {"seconds": seconds, "bytes_per_s": r["bytes"] / seconds}
+        r["of_copy"] = r["bytes_per_s"] / copy
+        text = ""
+        if r["name"] in before:
+            other = before[r["name"]]
+            r["difference"] = float(np.abs(logits - other).max() / np.abs(other).max())
+            text = f", differs by {r['difference']:.1e} of the largest logit"
+        before[r["name"]] = logits
+        results.append(r)
+        print(
+            f"chain {r['name']} {'fused' if r['fused'] else 'apart'}: {r['dispatches']} "
+            f"dispatches, {seconds * 1e3:.3f} ms ({1 / seconds:.0f} tok/s), "
+            f"{100 * r['of_copy']:.1f} % of copy{text}",
+            flush=True,
+        )
+    return results
 
 
 def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -644,21 +925,25 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         f"empty dispatch {width['empty_dispatch_s'] * 1e6:.2f} us",
         flush=True,
     )
-    results = []
+    linked = chains(runner, folder, described, width["copy"])
+    prepared = []
     stop = time.perf_counter() + args.limit_s
     shown = None
     for kernel in described["kernels"]:
-        if args.only and args.only not in kernel["name"]:
+        if kernel.get("only_chain") or (args.only and args.only not in kernel["name"]):
             continue
         if time.perf_counter() > stop:
-            print(f"stopped after {args.limit_s} s: {len(results)} of {len(described['kernels'])}")
+            print(f"stopped after {args.limit_s} s at {kernel['name']} {kernel['label']}")
             break
         try:
-            r = runner.kernel(folder, kernel)
+            prepared.append(runner.prepare(folder, kernel))
         except Exception as error:  # one kernel's failure must not cost the remote run
             print(f"FAILED {kernel['name']} {kernel['label']}: {str(error)[:300]}", flush=True)
-            results.append({"name": kernel["name"], "label": kernel["label"], "failed": str(error)})
-            continue
+    times = runner.medians([record for record, _ in prepared]) if prepared else []
+    results = []
+    for (_, r), seconds in zip(prepared, times, strict=True):
+        r |= {"seconds": seconds, "bytes_per_s": r["bytes"] / seconds}
+        r["flop_per_s"] = 2.0 * r["n"] * r["k"] * r["rows"] / seconds
         r["of_copy"] = r["bytes_per_s"] / width["copy"]
         results.append(r)
         head = (r["name"], r["scheme"], r["rows"])
@@ -689,6 +974,7 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
             "tvm": described["tvm"],
         },
         "bandwidth": width,
+        "chains": linked,
         "results": results,
     }
 
@@ -698,7 +984,7 @@ def summary(results: list[dict[str, Any]]) -> None:
     best: dict[tuple[Any, ...], dict[str, Any]] = {}
     chosen: dict[tuple[Any, ...], dict[str, Any]] = {}
     for r in results:
-        if "failed" in r or not r["ok"]:
+        if not r["ok"]:
             continue
         key = (r["model"], r["scheme"], r["rows"], r["name"])
         if key not in best or r["seconds"] < best[key]["seconds"]:
@@ -715,7 +1001,8 @@ def summary(results: list[dict[str, Any]]) -> None:
             f"{r['seconds'] * 1e6:9.2f} us {100 * r['of_copy']:5.1f} % of copy "
             f"{r['flop_per_s'] / 1e12:6.2f} TFLOP/s{slower}"
         )
-        total = totals.setdefault(key[:3], [0.0, 0.0])
+        fused = " fused" if r["name"].endswith(" fused") else ""
+        total = totals.setdefault((f"{key[0]}{fused}", *key[1:3]), [0.0, 0.0])
         total[0] += r["seconds"] * r["times"]
         total[1] += (mine or r)["seconds"] * r["times"]
     for (model, scheme, rows), (seconds, mine) in totals.items():
@@ -738,6 +1025,9 @@ def main() -> None:
         "--sweep", nargs="*", default=[], metavar="SCHEME", help="several configurations of these"
     )
     parser.add_argument("--sweep-models", nargs="+", choices=MODELS, default=["llama-8b"])
+    parser.add_argument("--fused", action="store_true", help="one row: fused products as well")
+    parser.add_argument("--chains", nargs="*", choices=MODELS, default=[], help="whole tokens of")
+    parser.add_argument("--warm-s", type=float, default=0.5, help="before measuring")
     parser.add_argument("--only", metavar="TEXT", help="run kernels whose name contains TEXT")
     parser.add_argument("--adapter", metavar="TEXT", help="part of the adapter's description")
     parser.add_argument("--cold-mib", type=int, default=512, help="weights to rotate through")

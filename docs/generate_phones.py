@@ -6,12 +6,11 @@ below: no weights, no device.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from generate_tables import table
+from generate_tables import replaced
 
 from mlc_compile.compiler.fit import largest_context
 from mlc_compile.compiler.inputs import CompileInputs
@@ -134,11 +133,7 @@ def phones() -> list[dict[str, str]]:
 def rewritten(text: str) -> str:
     """The text of docs/ios.md with every table made anew."""
     for name, rows in (("phones", phones), ("plans", plans), ("contexts", contexts)):
-        pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
-        made = table(rows())
-        text, count = pattern.subn(lambda m, t=made: f"{m[1]}{t}\n{m[2]}", text)
-        if count != 1:
-            raise ValueError(f"docs/ios.md has {count} places for the table {name}, not one")
+        text = replaced(text, name, rows(), PAGE.name)
     return text
 
 

@@ -23,13 +23,21 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
+def replaced(text: str, name: str, rows: Sequence[Mapping[str, Any]], page: str) -> str:
+    """The text of a page with one of its tables made anew."""
+    pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+    text, count = pattern.subn(lambda m: f"{m[1]}{table(rows)}\n{m[2]}", text)
+    if count != 1:
+        raise ValueError(f"{page} has {count} places for the table {name}, not one")
+    return text
+
+
 def rewritten(text: str) -> str:
-    """README's text with every registry's table made anew."""
-    for name, rows in REGISTRIES.items():
-        pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
-        text, count = pattern.subn(lambda m, r=rows: f"{m[1]}{table(r())}\n{m[2]}", text)
-        if count != 1:
-            raise ValueError(f"README.md has {count} places for the table of {name}, not one")
+    """README's text with every registry's table made anew; models by family."""
+    from generate_models import families
+
+    for name, rows in {**REGISTRIES, "models": families}.items():
+        text = replaced(text, name, rows(), README.name)
     return text
 
 

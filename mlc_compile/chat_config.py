@@ -6,20 +6,22 @@
   tokenizer.json. Nothing depends on which packages are installed.
 - `ChatConfig` reads it back, for `compile`, `plan` and `run`.
 
-The fields are those of MLC-LLM's `MLCChatConfig`, version 0.1.0.
+The fields are those of MLC-LLM's `MLCChatConfig`, version 0.1.0, and `architecture`, which says how
+far the architecture is proved.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, get_args
 
 from mlc_compile.config import CompileConfig, read_json_strict
 from mlc_compile.errors import InputError
-from mlc_compile.models.spec import Model
+from mlc_compile.models.detect import load_model
+from mlc_compile.models.spec import Basis, Model, Standing
 from mlc_compile.quantization.scheme import QuantScheme
 from mlc_compile.weights.checkpoint import Checkpoint
 from mlc_compile.weights.conv_template import (
@@ -187,6 +189,7 @@ def build_config(
         "eos_token_id": stops[0] if len(stops) == 1 else stops,
         "model_task": "chat",
         "embedding_metadata": None,
+        "architecture": model.identity(),
     }
     return config, derived
 
@@ -206,7 +209,7 @@ def _model_config(model: Model) -> dict[str, Any]:
     """config.json with what transformers would fill in written out, without its provenance."""
     config = model.config
     found = {key: value for key, value in config.raw.items() if key not in _PROVENANCE}
-    if found.get("model_type") != model.arch.name:  # --model-type said otherwise
+    if model.standing is not None:  # the checkpoint says otherwise
         found.pop("architectures", None)
         found["model_type"] = model.arch.name
     for key in (
@@ -220,7 +223,8 @@ def _model_config(model: Model) -> dict[str, Any]:
         "max_position_embeddings",
         "tie_word_embeddings",
     ):
-        found[key] = getattr(config, key)
+        if key not in model.arch.schema.derived:  # these are made again, perhaps of the same key
+            found[key] = getattr(config, key)
     return found
 
 
@@ -361,6 +365,16 @@ class ChatConfig:
     model_config: Mapping[str, Any]
     sizes: Mapping[str, int]
     conv_template: ConvTemplate
+    standing: Standing | None
+
+    def model(self) -> Model:
+        """The model that it describes.
+
+        Raises:
+            InputError: as `load_model`.
+        """
+        model = load_model(self.model_config, model_type=self.model_type, where=str(self.path))
+        return replace(model, standing=self.standing)
 
     @classmethod
     def read(cls, path: str | Path) -> ChatConfig:
@@ -409,4 +423,18 @@ class ChatConfig:
             model_config=model_config,
             sizes=sizes,
             conv_template=ConvTemplate.from_json(need("conv_template", dict), str(file)),
+            standing=_standing(raw.get("architecture"), file),
         )
+
+
+def _standing(found: object, file: Path) -> Standing | None:
+    """What `Model.identity` wrote; other tools, and we for named architectures, write no basis."""
+    if not isinstance(found, dict) or "basis" not in found:
+        return None
+    basis = found["basis"]
+    if basis not in get_args(Basis):
+        raise InputError(
+            f"{file}: architecture.basis is {basis!r:.60}, not one of {', '.join(get_args(Basis))}",
+            hint="make the file again with mlc_compile gen_config",
+        )
+    return Standing(basis, str(found.get("evidence", "")))

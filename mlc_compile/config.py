@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from types import MappingProxyType
+from typing import Any, Final, TypeAlias
 
 from mlc_compile.errors import InputError
 from mlc_compile.rope import (
@@ -29,16 +30,19 @@ from mlc_compile.rope import (
 
 __all__ = [
     "COMPILE_DEFAULTS",
+    "NO_ROPE",
     "CompileConfig",
     "ConfigReader",
+    "Experts",
     "Float32Array",
+    "LayerKind",
     "ModelConfig",
     "RopeConfig",
     "parse_json_strict",
     "read_json_strict",
     "read_rope",
     "resolve_compile_config",
-    "rope_table",
+    "rope_context",
 ]
 
 INT32_MAX: Final = 2**31 - 1
@@ -167,22 +171,83 @@ class _Missing:
 REQUIRED: Final = _Missing()
 
 
+Derived: TypeAlias = "Callable[[Mapping[str, Any]], object]"
+"""A value made from other keys, in canonical spelling."""
+
+
 class ConfigReader:
     """Takes the keys of one JSON object, strictly; `finish` refuses those nobody took.
 
     Every message names `where` and the key. A key that is absent gives the default; a key that
     is null gives the default only in the `optional_` methods.
+
+    Attributes:
+        source: the object as it is.
+        raw: the same in canonical (Llama's) spelling, with the model type's own defaults.
     """
 
-    def __init__(self, raw: Mapping[str, Any], *, where: str, prefix: str = "") -> None:
-        self.raw = raw
+    def __init__(
+        self,
+        source: Mapping[str, Any],
+        *,
+        where: str,
+        prefix: str = "",
+        spelling: Mapping[str, str] = MappingProxyType({}),
+        defaults: Mapping[str, object] = MappingProxyType({}),
+        derived: Mapping[str, Derived] = MappingProxyType({}),
+        ignored: Container[str] = (),
+    ) -> None:
+        """
+        spelling: canonical key -> this object's key for it; both may be used, but not disagree.
+        defaults: values of absent keys, canonical.
+        derived: values of absent or null keys, canonical.
+        ignored: keys of this object that mean nothing, though other model types have them.
+
+        Raises InputError for a key that is given in two spellings with two values.
+        """
+        self.source = source
         self.where = where
         self.prefix = prefix
+        self.raw: dict[str, Any] = dict(source)
+        self._spelled: dict[str, str] = {}
         self._taken: set[str] = set()
+        self._defaults: set[str] = set()
+        for key, own in spelling.items():
+            if own not in source:
+                continue
+            value = self.raw.pop(own)
+            given = None if key in ignored else source.get(key)
+            if given is not None and value is not None and given != value:
+                raise InputError(
+                    f"{where}: {prefix}{own} is {_show(value)} but {prefix}{key} is "
+                    f"{_show(source[key])}",
+                    hint="they mean the same; keep the one that the checkpoint was trained with",
+                )
+            self.raw[key] = given if value is None else value
+            self._spelled[key] = own
+        for key, default in defaults.items():
+            if key not in self.raw:
+                self.raw[key] = default
+                self._defaults.add(key)
+        for key, make in derived.items():
+            if self.raw.get(key) is None:
+                self.raw[key] = self._derived(key, make)
+
+    def _derived(self, key: str, make: Derived) -> object:
+        try:
+            return make(self.raw)
+        except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+            raise self.fail(
+                key, f"cannot be made from the other keys: {type(error).__name__} {error}"
+            ) from error
+
+    def spelled(self, key: str) -> str:
+        """A canonical key as this object has it."""
+        return self.prefix + self._spelled.get(key, key)
 
     def fail(self, key: str, problem: str, *, hint: str | None = None) -> InputError:
         """The error for a key; the caller raises it."""
-        return InputError(f"{self.where}: {self.prefix}{key} {problem}", hint=hint)
+        return InputError(f"{self.where}: {self.spelled(key)} {problem}", hint=hint)
 
     def has(self, key: str) -> bool:
         """Whether the key is there with a value other than null."""
@@ -192,6 +257,10 @@ class ConfigReader:
         """The raw value, None if absent; the key counts as read."""
         self._taken.add(key)
         return self.raw.get(key)
+
+    def defaulted(self, key: str) -> bool:
+        """Whether the value is the model type's default, because the key is absent."""
+        return key in self._defaults
 
     def _given(self, key: str, default: object) -> bool:
         """Whether a value is there to be checked; absent and no default is an error."""
@@ -271,6 +340,35 @@ class ConfigReader:
             raise self.fail(key, f"must be a string, not {_kind_of(value)} ({_show(value)})")
         return value
 
+    def text(self, key: str) -> str:
+        """A string."""
+        self._given(key, REQUIRED)
+        value = self.optional_text(key)
+        if value is None:
+            raise self.fail(key, "must be a string, not null")
+        return value
+
+    def flags(self, key: str, *, length: int) -> tuple[bool, ...] | None:
+        """A list of true/false, or of 1/0, one for each layer; None where absent or null."""
+        value = self.take(key)
+        if value is None:
+            return None
+        if not isinstance(value, list) or any(item not in (0, 1) for item in value):
+            raise self.fail(key, f"must be a list of true/false or 1/0, not {_show(value)}")
+        if len(value) != length:
+            raise self.fail(key, f"has {len(value)} entries for num_hidden_layers = {length}")
+        return tuple(bool(item) for item in value)
+
+    def integers(self, key: str) -> tuple[int, ...]:
+        """A list of integers from 0; empty where the key is absent or null."""
+        value = self.take(key)
+        if value is None:
+            return ()
+        good = isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+        if not good:
+            raise self.fail(key, f"must be a list of integers from 0, not {_show(value)}")
+        return tuple(value)
+
     def optional_object(self, key: str) -> Mapping[str, Any] | None:
         """An object; None where the key is absent or null."""
         value = self.take(key)
@@ -320,7 +418,9 @@ class ConfigReader:
         """Refuses the keys that were neither taken nor ignorable."""
         unknown = sorted(key for key in self.raw if key not in self._taken and key not in ignorable)
         if unknown:
-            names = ", ".join(f"{self.prefix}{key} = {_show(self.raw[key])}" for key in unknown[:5])
+            names = ", ".join(
+                f"{self.spelled(key)} = {_show(self.raw[key])}" for key in unknown[:5]
+            )
             more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
             plural = "keys" if len(unknown) > 1 else "key"
             raise InputError(
@@ -338,14 +438,32 @@ _ROPE_ALIASES: Final = {"su": "longrope"}
 _USES_ORIGINAL: Final = ("llama3", "yarn", "longrope")
 
 
-def read_rope(reader: ConfigReader, *, head_dim: int, max_position_embeddings: int) -> RopeConfig:
+NO_ROPE: Final = RopeConfig(theta=DEFAULT_THETA, rotary_dim=0)
+"""Nothing rotates."""
+
+
+def read_rope(
+    reader: ConfigReader,
+    *,
+    head_dim: int,
+    max_position_embeddings: int,
+    partial: bool = False,
+    layer_kind: str | None = None,
+) -> RopeConfig:
     """Rotary settings from a config.json in transformers-4 or transformers-5 style.
+
+    partial: heads of this model type may rotate in part.
+    layer_kind: which settings are meant where `rope_parameters` has some for each kind of layer.
 
     Raises:
         InputError: unknown kind, missing, contradictory or unknown setting.
     """
     scaling = reader.optional_object("rope_scaling")
     parameters = reader.optional_object("rope_parameters")
+    if parameters is not None and layer_kind is not None and layer_kind in parameters:
+        parameters = ConfigReader(
+            parameters, where=reader.where, prefix="rope_parameters."
+        ).optional_object(layer_kind)
     if scaling and parameters and dict(scaling) != dict(parameters):
         raise reader.fail(
             "rope_scaling",
@@ -365,11 +483,7 @@ def read_rope(reader: ConfigReader, *, head_dim: int, max_position_embeddings: i
     theta = _agreeing_number(reader, inner, "rope_theta", DEFAULT_THETA)
     if theta <= 1:
         raise reader.fail("rope_theta", f"is {theta:g}; it must be above 1")
-    partial = _agreeing_number(reader, inner, "partial_rotary_factor", 1.0)
-    if partial != 1.0:
-        raise reader.fail(
-            "partial_rotary_factor", f"is {partial:g}; this model type rotates whole heads (1.0)"
-        )
+    rotary_dim = _rotary_dim(reader, inner, head_dim, partial)
 
     kind = _rope_kind(inner)
     # Phi-3 style configs keep the original length beside max_position_embeddings; transformers
@@ -383,7 +497,7 @@ def read_rope(reader: ConfigReader, *, head_dim: int, max_position_embeddings: i
     if kind == "linear":
         values["factor"] = inner.number("factor", above=1.0, inclusive=True)
     elif kind == "dynamic":
-        if head_dim <= 2:
+        if rotary_dim <= 2:
             raise reader.fail("head_dim", "must be above 2 for dynamic RoPE")
         values["factor"] = inner.number("factor", above=1.0, inclusive=True)
         values["max_position_embeddings"] = max_position_embeddings
@@ -394,10 +508,27 @@ def read_rope(reader: ConfigReader, *, head_dim: int, max_position_embeddings: i
     elif kind == "longrope":
         values = _attention_scaling(inner, original, max_position_embeddings)
         for name in ("short_factor", "long_factor"):
-            values[name] = inner.numbers(name, length=head_dim // 2)
+            values[name] = inner.numbers(name, length=rotary_dim // 2)
     # `finetuned` is a remark in early YaRN checkpoints; no formula uses it.
     inner.finish(ignorable=("finetuned",))
-    return RopeConfig(theta=theta, rotary_dim=head_dim, kind=kind, params=freeze_params(values))
+    return RopeConfig(theta=theta, rotary_dim=rotary_dim, kind=kind, params=freeze_params(values))
+
+
+def _rotary_dim(reader: ConfigReader, inner: ConfigReader, head_dim: int, partial: bool) -> int:
+    """How many dimensions of a head rotate: `partial_rotary_factor` of them, or `rotary_dim`."""
+    factor = _agreeing_number(reader, inner, "partial_rotary_factor", 1.0)
+    given = reader.optional_integer("rotary_dim", low=2)
+    rotary_dim = int(head_dim * factor) if given is None else given
+    key = "partial_rotary_factor" if given is None else "rotary_dim"
+    if rotary_dim == head_dim and head_dim % 2:
+        raise reader.fail("head_dim", f"is {head_dim}; rotary positions need an even size")
+    if rotary_dim != head_dim and not partial:
+        raise reader.fail(key, f"makes {rotary_dim}; this model type rotates whole heads")
+    if not 2 <= rotary_dim <= head_dim or rotary_dim % 2:
+        raise reader.fail(
+            key, f"makes {rotary_dim} rotated dimensions of {head_dim}; it must be even and fit"
+        )
+    return rotary_dim
 
 
 def _llama3_settings(inner: ConfigReader, original: int) -> dict[str, RopeValue]:
@@ -446,6 +577,8 @@ def _keep(values: dict[str, RopeValue], name: str, value: float | None) -> None:
 def _agreeing_number(outer: ConfigReader, inner: ConfigReader, key: str, default: float) -> float:
     """A number that may stand in either place, or in both if they agree."""
     first, second = outer.optional_number(key), inner.optional_number(key)
+    if second is not None and outer.defaulted(key):
+        return second
     if first is not None and second is not None and first != second:
         raise outer.fail(
             key,
@@ -476,11 +609,54 @@ def _rope_kind(inner: ConfigReader) -> str:
 
 
 @dataclass(frozen=True)
+class LayerKind:
+    """What may differ between the layers of one model.
+
+    Attributes:
+        window: tokens a query sees, itself included; None is full attention. Set only where
+            layers differ in it: a window of all layers is `ModelConfig.sliding_window`.
+        rope: rotary settings; None rotates nothing.
+        sparse: whether the MLP is one of experts.
+    """
+
+    window: int | None
+    rope: RopeConfig | None
+    sparse: bool = False
+
+
+@dataclass(frozen=True)
+class Experts:
+    """Numbers of sparse layers: `per_token` of `count` gated MLPs of `intermediate_size`.
+
+    Attributes:
+        shared_intermediate_size: of the MLP that every token takes; 0 is none.
+        scale: multiplies what the chosen experts give.
+    """
+
+    count: int
+    per_token: int
+    intermediate_size: int
+    shared_intermediate_size: int = 0
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """Numbers of one checkpoint; `models.load_model` reads them strictly from config.json.
 
-    Sizes are in elements. `sliding_window` counts the tokens a query sees, itself included;
-    None means full attention. `raw` is config.json as read, and takes no part in equality.
+    Sizes are in elements. `raw` is config.json as read, and takes no part in equality.
+
+    Attributes:
+        sliding_window: tokens that a query sees in every layer, itself included; None means full
+            attention, or layers that differ (`layers`).
+        rope: rotary settings of every layer; of the first layer that rotates where they differ.
+        layers: one for each layer.
+        experts: None without sparse layers.
+        embedding_scale: multiplies embeddings; `residual_scale` what attention and MLP add;
+            `logits_scale` logits; `attention_scale` scores (None: head_dim ** -0.5).
+        attention_softcap: scores become cap * tanh(score / cap); `logits_softcap` likewise.
+        clip_qkv: q, k and v are clipped to [-clip, clip].
+        extra_head_dim: dimensions that the cache has beside `head_dim` (ALiBi).
     """
 
     model_type: str
@@ -496,11 +672,48 @@ class ModelConfig:
     tie_word_embeddings: bool
     sliding_window: int | None
     rope: RopeConfig
+    layers: tuple[LayerKind, ...]
+    experts: Experts | None = None
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    logits_scale: float = 1.0
+    attention_scale: float | None = None
+    attention_softcap: float | None = None
+    logits_softcap: float | None = None
+    clip_qkv: float | None = None
+    extra_head_dim: int = 0
     raw: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def cache_head_dim(self) -> int:
+        """Dimensions of a head in the KV cache."""
+        return self.head_dim + self.extra_head_dim
+
+    @property
+    def score_scale(self) -> float:
+        """What q.k is multiplied with."""
+        return self.head_dim**-0.5 if self.attention_scale is None else self.attention_scale
+
+    @property
+    def layer_window(self) -> int | None:
+        """The window of those layers that have one, where not all have."""
+        return next((kind.window for kind in self.layers if kind.window is not None), None)
+
+    @property
+    def cache_rotates(self) -> bool:
+        """Whether q and k can be rotated in the cache: all layers alike."""
+        return all(kind.rope == self.rope for kind in self.layers)
+
+    @property
+    def can_slide(self) -> bool:
+        """Whether old tokens can be dropped from the cache: nothing but relative positions, and
+        no layer that needs them all."""
+        rotary = self.cache_rotates and self.rope.rotary_dim > 0
+        return rotary and self.layer_window is None and self.extra_head_dim == 0
 
     def kv_bytes_per_token(self, element_bytes: int = 2) -> int:
         """Bytes that one token takes in the KV cache, over all layers."""
-        per_layer = 2 * self.num_key_value_heads * self.head_dim
+        per_layer = 2 * self.num_key_value_heads * self.cache_head_dim
         return self.num_hidden_layers * per_layer * element_bytes
 
 
@@ -613,10 +826,10 @@ def resolve_compile_config(
     )
 
 
-def rope_table(model: ModelConfig, plan: CompileConfig) -> tuple[Float32Array, float]:
-    """The frequencies to compile in: (inv_freq [rotary_dim / 2], attention factor)."""
+def rope_context(model: ModelConfig, plan: CompileConfig) -> int:
+    """Tokens that the rotary tables are computed for (`RopeConfig.table`)."""
     window = plan.context_window_size
-    return model.rope.table(model.max_position_embeddings if window == UNSET else window)
+    return model.max_position_embeddings if window == UNSET else window
 
 
 def _option(name: str) -> str:
@@ -733,6 +946,12 @@ def _size_words(n: int) -> str:
 
 
 def _explicit_sliding(model: ModelConfig, sliding: int, notes: list[str]) -> int:
+    if not model.can_slide:
+        raise InputError(
+            f"a sliding window over all layers does not go with {model.model_type}, whose layers "
+            "see different parts of the text or which counts positions from its beginning",
+            hint="give --context-window-size instead",
+        )
     if model.rope.depends_on_window:
         raise InputError(
             f"a sliding window does not go with {model.rope.kind} RoPE, whose frequencies depend "

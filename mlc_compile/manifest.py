@@ -156,7 +156,7 @@ def build_manifest(
         "schema": SCHEMA,
         "format_version": FORMAT_VERSION,
         "versions": tool_versions(),
-        "architecture": {"name": model.arch.name, "label": model.arch.label},
+        "architecture": model.identity(),
         "quantization": {
             "name": scheme.name,
             "label": scheme.label,

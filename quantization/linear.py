@@ -7,12 +7,21 @@ kernel.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from tvm import te, tirx
 from tvm.relax.frontend import nn
 from tvm.relax.frontend.nn import Tensor, op
 
-from mlc_compile.models.spec import ParamSpec
-from mlc_compile.nn.linear import Embedding, Linear, matmul_nt
+from mlc_compile.models.params import ParamSpec
+from mlc_compile.nn.linear import (
+    Embedding,
+    Experts,
+    Linear,
+    add_bias,
+    expert_linear,
+    matmul_nt,
+)
 from mlc_compile.quantization.policy import is_quantized, stored_layout, stored_params
 from mlc_compile.quantization.scheme import QuantScheme
 
@@ -28,25 +37,28 @@ def dequantize(
     q_weight is uint32 [n, words] and q_scale [n, groups]; both are transposed in layout "KN".
     """
     n, k = (tirx.IntImm("int64", extent) for extent in shape)
-    bits, per_word = scheme.bits, scheme.elems_per_word
-    mask = tirx.const((1 << bits) - 1, "uint32")
-    zero = tirx.const(scheme.max_int, scheme.model_dtype)
     kn = layout == "KN"
 
     def compute(words: te.Tensor, scales: te.Tensor) -> te.Tensor:
         def element(i: tirx.Var, j: tirx.Var) -> tirx.Expr:
-            word = j // per_word
-            group = j // scheme.group_size
-            packed = words[word, i] if kn else words[i, word]
-            scale = scales[group, i] if kn else scales[i, group]
-            shift = (j % per_word * bits).astype("uint32")
-            field = tirx.bitwise_and(tirx.shift_right(packed, shift), mask)
-            return (field.astype(scheme.model_dtype) - zero) * scale
+            word, group = j // scheme.elems_per_word, j // scheme.group_size
+            if kn:
+                return _element(words[word, i], scales[group, i], j, scheme)
+            return _element(words[i, word], scales[i, group], j, scheme)
 
         return te.compute((n, k), element, name=DEQUANTIZE)
 
     attrs = {"mlc.op": DEQUANTIZE, "mlc.scheme": scheme.name, "mlc.layout": layout}
     return op.tensor_expr_op(compute, DEQUANTIZE, [q_weight, q_scale], attrs=attrs)
+
+
+def _element(word: tirx.Expr, scale: tirx.Expr, k: tirx.Expr, scheme: QuantScheme) -> tirx.Expr:
+    """Element k of a row, from the word that holds it and the scale of its group."""
+    shift = (k % scheme.elems_per_word * scheme.bits).astype("uint32")
+    mask = tirx.const((1 << scheme.bits) - 1, "uint32")
+    field = tirx.bitwise_and(tirx.shift_right(word, shift), mask)
+    zero = tirx.const(scheme.max_int, scheme.model_dtype)
+    return (field.astype(scheme.model_dtype) - zero) * scale
 
 
 class GroupLinear(nn.Module):
@@ -68,7 +80,7 @@ class GroupLinear(nn.Module):
         """x: [n, in] -> [n, out]."""
         weight = dequantize(self.q_weight, self.q_scale, self.shape, self.scheme, self.layout)
         y = matmul_nt(x, weight, self.out_dtype)
-        return y if self.bias is None else op.add(y, self.bias)
+        return y if self.bias is None else add_bias(y, self.bias)
 
 
 class GroupEmbedding(nn.Module):
@@ -93,6 +105,30 @@ class GroupEmbedding(nn.Module):
         return matmul_nt(x, self._weight(), "float32")
 
 
+class GroupExperts(nn.Module):
+    """As nn.linear.Experts, with W [experts, out, in] packed by `scheme`."""
+
+    def __init__(self, weight: ParamSpec, scheme: QuantScheme) -> None:
+        words, scales = stored_params(weight, scheme)
+        self.shape = weight.shape
+        self.scheme = scheme
+        self.q_weight = nn.Parameter(words.shape, words.dtype)
+        self.q_scale = nn.Parameter(scales.shape, scales.dtype)
+
+    def forward(self, x: Tensor, experts: Tensor) -> Tensor:
+        """x: [n or n * k, in], experts: int32 [n, k] -> [n * k, out]."""
+        scheme = self.scheme
+
+        def element(weight: Sequence[te.Tensor], at: Sequence[tirx.Expr]) -> tirx.Expr:
+            words, scales = weight
+            *row, k = at
+            word, scale = words[(*row, k // scheme.elems_per_word)], (*row, k // scheme.group_size)
+            return _element(word, scales[scale], k, scheme)
+
+        weight = (self.q_weight, self.q_scale)
+        return expert_linear(x, experts, weight, self.shape, element, scheme.name)
+
+
 class SchemeLayers:
     """The `nn.linear.LayerFactory` of a quantisation scheme: policy.py says which weights it
     packs."""
@@ -105,6 +141,11 @@ class SchemeLayers:
         if is_quantized(weight, self.scheme):
             return GroupLinear(weight, self.scheme, bias=bias, out_dtype=out_dtype)
         return Linear(weight.shape, self.dtype, bias=bias, out_dtype=out_dtype)
+
+    def experts(self, weight: ParamSpec) -> nn.Module:
+        if is_quantized(weight, self.scheme):
+            return GroupExperts(weight, self.scheme)
+        return Experts(weight.shape, self.dtype)
 
     def embedding(self, weight: ParamSpec) -> nn.Module:
         if is_quantized(weight, self.scheme):

@@ -14,8 +14,16 @@ from tvm.target import Target, codegen
 from tvm.tirx import PrimFunc
 
 from mlc_compile.errors import EnvironmentLacksError, InputError
-from mlc_compile.targets.cpu_kernels import attention, elementwise, embedding, linear, sampling
-from mlc_compile.targets.kernels import EmbeddingSpec, LinearSpec
+from mlc_compile.targets.cpu_kernels import (
+    attention,
+    elementwise,
+    embedding,
+    experts,
+    fallback,
+    linear,
+    sampling,
+)
+from mlc_compile.targets.kernels import EmbeddingSpec, ExpertLinearSpec, LayerNormSpec, LinearSpec
 from mlc_compile.targets.profile import ExportRequest
 
 # Loops are cut for this many threads; the runtime's pool uses as many as the machine has. A
@@ -34,6 +42,9 @@ class CPUKernels:
             return None
         return linear.linear_kernel(spec, vector_bits=self.vector_bits, num_cores=PARALLEL_GRAIN)
 
+    def expert_linear(self, spec: ExpertLinearSpec) -> PrimFunc | None:
+        return experts.expert_kernel(spec, vector_bits=self.vector_bits)
+
     def embedding(self, spec: EmbeddingSpec) -> PrimFunc | None:
         return embedding.embedding_kernel(spec, vector_bits=self.vector_bits)
 
@@ -42,6 +53,9 @@ class CPUKernels:
 
     def add_rms_norm(self, size: int, eps: float, dtype: str, rows: int | None) -> PrimFunc | None:
         return elementwise.add_rms_norm(size, dtype, eps, rows, self.vector_bits)
+
+    def layer_norm(self, spec: LayerNormSpec, rows: int | None) -> PrimFunc | None:
+        return elementwise.layer_norm(spec, rows, self.vector_bits)
 
     def qk_norm(
         self, heads: tuple[int, int, int], eps: float, dtype: str, rows: int | None
@@ -77,7 +91,7 @@ class CPUBackend:
         return partial(sampling.kernel, vector_bits=bits)
 
     def schedule(self, mod: IRModule) -> IRModule:
-        return mod
+        return fallback.schedule_loops(mod)
 
     def check_environment(self, suffix: str, web_toolchain: str) -> None:
         linker()

@@ -26,7 +26,7 @@ class LinearSpec:
     """One matmul, y = x W^T with what is fused into it, and the buffers of its kernel.
 
     In order: x is replaced by its norm, multiplied, the bias is added, the activation is applied,
-    the residual is added; all of it in float32, rounded once to `out_dtype`. The norm alone is
+    the residual is added; all of it in float32, rounded once to `out_dtype`. The norm alone may be
     rounded to `x_dtype` before the product. `arguments` lists the kernel's buffers.
 
     in_features (K), out_features (N): of the weight as the model sees it, without padding.
@@ -116,6 +116,71 @@ class LinearSpec:
 
 
 @dataclass(frozen=True)
+class ExpertLinearSpec:
+    """y[p] = x W[e]^T for every pair p of a token and an expert e chosen for it; its buffers.
+
+    Pair p is token p // per_token and its slot p % per_token. Sums are float32, rounded once to
+    `out_dtype`.
+
+    experts (E), in_features (K), out_features (N): of the weight [E, N, K].
+    per_token: experts of a token.
+    shared_x: x has one row for each token, else one for each pair.
+    scheme: how the weight is packed, None for a plain one; always in layout "NK", an expert being N
+        further rows.
+    weight_dtype: of a plain weight; packed weights are uint32, scales `scheme.model_dtype`.
+    rows: tokens: 1, or None for any number n >= 1 (a symbolic int64).
+    """
+
+    experts: int
+    per_token: int
+    in_features: int
+    out_features: int
+    scheme: QuantScheme | None
+    x_dtype: str
+    out_dtype: str
+    shared_x: bool = True
+    rows: int | None = None
+    weight_dtype: str | None = None
+
+    def __post_init__(self) -> None:
+        self.linear(self.rows)  # refuses dtypes and schemes that it does not know
+        if self.scheme is not None and self.scheme.layout != "NK":
+            raise ValueError("experts are packed in layout NK")
+        if self.per_token < 1 or self.experts < 1:
+            raise ValueError(f"{self.per_token} of {self.experts} experts")
+
+    def linear(self, rows: int | None) -> LinearSpec:
+        """The product with one expert."""
+        return LinearSpec(
+            self.in_features,
+            self.out_features,
+            self.scheme,
+            self.x_dtype,
+            self.out_dtype,
+            rows=rows,
+            weight_dtype=self.weight_dtype,
+        )
+
+    def arguments(self, rows: Any) -> list[tuple[str, tuple[Any, ...], str]]:
+        """Name, shape and dtype of every buffer of the kernel, in order; `rows` is n."""
+        pairs = rows * self.per_token
+        return [
+            ("x", (rows if self.shared_x else pairs, self.in_features), self.x_dtype),
+            ("experts", (rows, self.per_token), "int32"),
+            *(
+                (name, (self.experts, *shape), dtype)
+                for name, shape, dtype in self.linear(1).weight_shapes()
+            ),
+            ("out", (pairs, self.out_features), self.out_dtype),
+        ]
+
+    def workspace(self, rows: Any) -> tuple[str, tuple[Any, ...], str]:
+        """A table of pairs by expert. A kernel may take it behind its output; it is allocated with
+        the graph's tensors, hence part of the memory plan."""
+        return ("groups", (4 * self.per_token * rows + 3 * self.experts,), "int32")
+
+
+@dataclass(frozen=True)
 class EmbeddingSpec:
     """A table [vocab, hidden], packed by `scheme` (always in layout "NK") or plain in `dtype`.
 
@@ -130,10 +195,56 @@ class EmbeddingSpec:
     rows: int | None = None
 
 
+@dataclass(frozen=True)
+class LayerNormSpec:
+    """A norm over the last axis of x [n, size] or [n, heads, size] that is more than
+    x / sqrt(mean(x^2) + eps) * weight of [n, size]: float32 inside, rounded once.
+
+    size, dtype: of a normed row; everything is of this dtype.
+    heads: None for x of rank 2.
+    weight, bias: whether there are any, [size] both, or [heads * size] where each head has its
+        own (`own_tables`).
+    centre: the row's mean is subtracted first. The variance is that of the differences.
+    added: x is the sum of two tensors, rounded to `dtype` first, and that sum is a second result.
+    """
+
+    size: int
+    eps: float
+    dtype: str
+    heads: int | None = None
+    weight: bool = True
+    bias: bool = True
+    own_tables: bool = False
+    centre: bool = True
+    added: bool = False
+
+    def __post_init__(self) -> None:
+        if self.dtype not in FLOATS:
+            raise ValueError(f"{self.dtype} is not one of {', '.join(FLOATS)}")
+        if self.own_tables and self.heads is None:
+            raise ValueError("tables for each head of a tensor without heads")
+
+    def arguments(self, rows: Any) -> list[tuple[str, tuple[Any, ...], str]]:
+        """Name, shape and dtype of every buffer of the kernel, in order; `rows` is n."""
+        shape = (rows, self.size) if self.heads is None else (rows, self.heads, self.size)
+        table = (self.size * (self.heads or 1) if self.own_tables else self.size,)
+        there = (
+            ("x", shape, True),
+            ("residual", shape, self.added),
+            ("weight", table, self.weight),
+            ("bias", table, self.bias),
+            ("normed", shape, True),
+            ("total", shape, self.added),
+        )
+        return [(name, extents, self.dtype) for name, extents, given in there if given]
+
+
 class Kernels(Protocol):
     """One method for each fused operation; see the passes of the same names."""
 
     def linear(self, spec: LinearSpec) -> PrimFunc | None: ...
+
+    def expert_linear(self, spec: ExpertLinearSpec) -> PrimFunc | None: ...
 
     def embedding(self, spec: EmbeddingSpec) -> PrimFunc | None: ...
 
@@ -142,6 +253,9 @@ class Kernels(Protocol):
 
     def add_rms_norm(self, size: int, eps: float, dtype: str, rows: int | None) -> PrimFunc | None:
         """(a [n, size], b [n, size], w [size]) -> norm(a + b) [n, size], a + b [n, size]"""
+
+    def layer_norm(self, spec: LayerNormSpec, rows: int | None) -> PrimFunc | None:
+        """`spec.arguments`"""
 
     def qk_norm(
         self, heads: tuple[int, int, int], eps: float, dtype: str, rows: int | None

@@ -30,11 +30,15 @@ class KVCacheSpec:
 
     Attributes:
         inv_freq: rotary inverse frequencies in radians per token, rotary_dim / 2 of them
-            (float32 values); dimension i rotates with dimension i + rotary_dim / 2.
+            (float32 values); dimension i rotates with dimension i + rotary_dim / 2. None of them:
+            the cache rotates nothing.
         attention_factor: multiplies cos and sin (yarn, longrope), so q.k by its square.
         sliding_window: a token attends itself and the tokens less than this many positions back;
             None is full attention. With sinks the window includes them: `attention_sink` first
             tokens and the `sliding_window - attention_sink` last ones.
+        softcap: scores become softcap * tanh(score / softcap) before the softmax.
+        layer_window: the window, counted likewise, of those layers whose `sm_scale` is passed
+            negative; the cache keeps every token, for the others.
     """
 
     num_layers: int
@@ -46,6 +50,8 @@ class KVCacheSpec:
     attention_factor: float = 1.0
     sliding_window: int | None = None
     attention_sink: int = 0
+    softcap: float | None = None
+    layer_window: int | None = None
 
     def __post_init__(self) -> None:
         if self.num_qo_heads % self.num_kv_heads:
@@ -59,6 +65,10 @@ class KVCacheSpec:
                 f"a KV cache of dtype {self.dtype!r} is not supported",
                 hint=f"use one of {', '.join(CACHE_DTYPES)}",
             )
+        if self.softcap is not None and not self.softcap > 0:
+            raise InputError(f"softcap {self.softcap} must be above 0")
+        if self.layer_window is not None and self.sliding_window is not None:
+            raise InputError("a window over all layers and one over some exclude each other")
         if self.sliding_window is None:
             if self.attention_sink:
                 raise InputError("attention sinks need a sliding window")
@@ -88,7 +98,8 @@ class KVCacheKernels:
     0 and a very negative finite lse.
 
     - split_rotary(qkv [T, q + 2 kv, d], position [T], q, k, v, x): without a sliding window `x` is
-      inv_freq as a float32 tensor; with one it is an int64 flag and the table is compiled in.
+      inv_freq as a float32 tensor (one element that nobody reads where there are none); with one
+      it is an int64 flag and the table is compiled in.
     - transpose_append(pages [P, 2, kv, 16, d], k [T, kv, d], v, slot [T] or -1)
     - prefill_ragged(q, qo_indptr, k, v, kv_indptr, q_position, k_position_offset, out, lse, causal,
       rotary_mode, rope_scale, rope_theta, sm_scale)
@@ -99,7 +110,8 @@ class KVCacheKernels:
     - tree_paged(… as prefill_paged without causal …, sm_scale, tree_indptr, tree_order [m, 2])
     - tree_ragged(q, qo_indptr, k, v, kv_indptr, q_position, tree_indptr, tree_order, out, lse,
       rotary_mode, rope_scale, rope_theta, sm_scale); both None with a sliding window, which the
-      runtime refuses for trees
+      runtime refuses for trees; tree_paged also with a layer window where a kernel may have fewer
+      than 12 buffers
     - merge_state(out [T, q, d], lse [T, q], other_out, other_lse): into the first two
     - copy_single_page(pages, source_page, target_page, length)
     - debug_get_kv(pages, slot [n], k [layers, n, kv, d], v, layer)

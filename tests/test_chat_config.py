@@ -114,7 +114,7 @@ MLC_FIELDS = """version model_type quantization model_config vocab_size context_
 sliding_window_size prefill_chunk_size attention_sink_size tensor_parallel_shards
 pipeline_parallel_stages active_vocab_size temperature presence_penalty frequency_penalty
 repetition_penalty top_p tokenizer_files tokenizer_info conv_template pad_token_id bos_token_id
-eos_token_id model_task embedding_metadata"""
+eos_token_id model_task embedding_metadata architecture"""
 
 
 def test_the_whole_file(tmp_path: Path) -> None:

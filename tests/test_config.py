@@ -12,12 +12,13 @@ from mlc_compile.config import (
     COMPILE_DEFAULTS,
     CompileConfig,
     ConfigReader,
+    LayerKind,
     ModelConfig,
     RopeConfig,
     parse_json_strict,
     read_json_strict,
     resolve_compile_config,
-    rope_table,
+    rope_context,
 )
 from mlc_compile.errors import InputError
 from mlc_compile.rope import freeze_params
@@ -139,6 +140,7 @@ def test_finish_counts_the_rest_of_many() -> None:
 
 
 def model(**changes: Any) -> ModelConfig:
+    rope = changes.get("rope", RopeConfig(theta=1e4, rotary_dim=32))
     base = ModelConfig(
         model_type="llama",
         hidden_size=256,
@@ -152,7 +154,8 @@ def model(**changes: Any) -> ModelConfig:
         max_position_embeddings=131072,
         tie_word_embeddings=False,
         sliding_window=None,
-        rope=RopeConfig(theta=1e4, rotary_dim=32),
+        rope=rope,
+        layers=(LayerKind(window=None, rope=rope),) * 2,
     )
     return dataclasses.replace(base, **changes)
 
@@ -260,14 +263,14 @@ def test_dynamic_rope_is_noted_and_compiled_for_the_window() -> None:
     config = model(max_position_embeddings=2048, rope=dynamic())
     plan = resolve_compile_config(config, context_window_size=4096)
     assert "scaled for the full window of 4096" in note(plan, "RoPE (dynamic NTK)")
-    assert (rope_table(config, plan)[0] == config.rope.table(4096)[0]).all()
+    assert rope_context(config, plan) == 4096
 
 
-def test_rope_table_of_a_sliding_plan() -> None:
+def test_rope_of_a_sliding_plan_is_for_all_positions() -> None:
     config = model(sliding_window=512)
     plan = resolve_compile_config(config)
     assert plan.context_window_size == -1
-    assert rope_table(config, plan)[0].shape == (16,)
+    assert rope_context(config, plan) == config.max_position_embeddings
 
 
 ASKED_WRONG: list[tuple[dict[str, Any], dict[str, Any], str]] = [

@@ -9,12 +9,24 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "docs"))
 
-from generate_tables import rewritten  # noqa: E402  (a script of docs/, found through the line above)
+import generate_models  # noqa: E402  (scripts of docs/, found through the line above)
+import generate_tables  # noqa: E402
+
+from mlc_compile.models import ARCHITECTURES  # noqa: E402
 
 
 def test_tables_are_the_registries() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert rewritten(text) == text, "run `make docs`"
+    assert generate_tables.rewritten(text) == text, "run `make docs`"
+
+
+def test_models_page_is_the_registry() -> None:
+    text = generate_models.PAGE.read_text(encoding="utf-8")
+    assert generate_models.rewritten(text) == text, "run `make docs`"
+    readme = [row["model_type"] for row in generate_models.families()]
+    listed = [name.strip("`") for cell in readme for name in cell.split(", ")]
+    assert sorted(listed) == sorted(ARCHITECTURES)
+    assert all(row["published configurations"] for row in generate_models.models())
 
 
 def test_commands_and_options_exist() -> None:
@@ -34,6 +46,6 @@ def test_commands_and_options_exist() -> None:
 
 
 def test_links_lead_somewhere() -> None:
-    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]:
+    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:
         for link in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
             assert (page.parent / link).exists(), (page.name, link)

@@ -316,7 +316,7 @@ def test_phi3_spelling_of_longrope_and_early_yarn_remark() -> None:
         ({"rope_theta": float("nan")}, "rope_theta is nan"),
         ({"rope_theta": 1e4, "rope_parameters": {"rope_theta": 1e6}}, "is 1e"),
         ({"partial_rotary_factor": 0.5}, "rotates whole heads"),
-        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.25}}, "0.25"),
+        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.25}}, "makes 16"),
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "per layer kind"),
         (
             {"rope_parameters": {"rope_type": "default"}, "rope_scaling": dict(YARN)},

@@ -37,21 +37,40 @@ SIZES: Mapping[str, int] = {
 }
 
 
-def save_checkpoint(path: Path, model_type: str, seed: int = 0, **changes: Any) -> Path:
-    """A random checkpoint with a byte-level tokenizer, as save_pretrained writes it."""
+def save_checkpoint(
+    path: Path,
+    model_type: str,
+    seed: int = 0,
+    *,
+    config: Mapping[str, Any] | None = None,
+    **changes: Any,
+) -> Path:
+    """A random checkpoint with a byte-level tokenizer, as save_pretrained writes it.
+
+    config: its keys, in place of TINY with `changes`.
+    """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.for_model(model_type, **{**TINY, **changes})
+    keys = {**TINY, **changes} if config is None else dict(config)
+    config = AutoConfig.for_model(model_type, **keys)
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    with torch.no_grad():
-        for name, tensor in model.named_parameters():
-            if tensor.ndim == 1:
-                tensor.normal_(1.0 if "norm" in name else 0.0, 0.3)
+    randomize(model)
     model.save_pretrained(path)
     save_tokenizer(path)
     return path
+
+
+def randomize(model: Any) -> None:
+    """Norms and biases of a transformers model, which it initialises with ones and zeros."""
+    import torch
+
+    with torch.no_grad():
+        for name, tensor in model.named_parameters():
+            if tensor.ndim == 1 or "norm" in name:
+                scale = "norm" in name or ".ln_" in name or "layernorm" in name
+                tensor.normal_(1.0 if scale and name.endswith("weight") else 0.0, 0.3)
 
 
 def save_tokenizer(path: Path) -> None:
@@ -76,7 +95,9 @@ class Built:
     library: Path
 
 
-def convert(checkpoint: Path, scheme: str, out: Path, sizes: Mapping[str, int]) -> None:
+def convert(
+    checkpoint: Path, scheme: str, out: Path, sizes: Mapping[str, int], *, overwrite: bool = False
+) -> None:
     """convert_weight and gen_config, as the commands do it."""
     from mlc_compile.chat_config import gen_config
     from mlc_compile.config import resolve_compile_config
@@ -87,9 +108,11 @@ def convert(checkpoint: Path, scheme: str, out: Path, sizes: Mapping[str, int]) 
 
     source = open_checkpoint(checkpoint)
     model = load_model(source.config, where=str(checkpoint))
-    convert_weight(source, model, get_scheme(scheme), out)
+    convert_weight(source, model, get_scheme(scheme), out, overwrite=overwrite)
     config = resolve_compile_config(model.config, **sizes)
-    gen_config(source, model, get_scheme(scheme), config, out, conv_template="raw")
+    gen_config(
+        source, model, get_scheme(scheme), config, out, conv_template="raw", overwrite=overwrite
+    )
 
 
 def build(

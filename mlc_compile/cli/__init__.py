@@ -14,6 +14,7 @@ from mlc_compile.cli._group import CommandGroup, print_version
 # In the order of a user's work; `--help` keeps it.
 COMMANDS = (
     "demo",
+    "detect",
     "convert_weight",
     "gen_config",
     "compile",

@@ -127,6 +127,17 @@ model_type_option = click.option(
     metavar="NAME",
     help="Architecture; auto reads it from the checkpoint. See `list models`.",
 )
+allow_experimental_option = click.option(
+    "--allow-experimental",
+    is_flag=True,
+    help="Take an architecture that is matched by structure alone; see `detect`.",
+)
+prove_option = click.option(
+    "--prove",
+    is_flag=True,
+    help="Compare what is matched by structure with the checkpoint's own class in transformers: a "
+    "small one with random weights, some seconds.",
+)
 source_format_option = click.option(
     "--source-format",
     type=click.Choice(["auto", "safetensors", "gguf"]),

@@ -11,6 +11,7 @@ from mlc_compile.cli._params import (
     OUT_DIR,
     OUT_FILE,
     SIZE,
+    allow_experimental_option,
     budget_option,
     existing,
     overrides_option,
@@ -58,6 +59,7 @@ from mlc_compile.cli._params import (
     help="What a .tar or .a registers itself under in an app: C letters, 8 at least, _ at the "
     "end; default: derived from the model, its scheme and its sizes.",
 )
+@allow_experimental_option
 @click.option("--debug-dump", type=OUT_DIR, help="Write the IR after each phase into DIR.")
 @output_options
 def command(
@@ -70,6 +72,7 @@ def command(
     max_binding_size: int | None,
     web_toolchain: str,
     system_lib_prefix: str | None,
+    allow_experimental: bool,
     debug_dump: Path | None,
     out: Output,
 ) -> None:
@@ -93,6 +96,7 @@ def command(
             max_binding_bytes=max_binding_size,
             web_toolchain=web_toolchain,
             system_lib_prefix=system_lib_prefix,
+            allow_experimental=allow_experimental,
             progress=progress,
         )
     for note in report.notes:

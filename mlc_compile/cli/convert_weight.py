@@ -6,11 +6,14 @@ from pathlib import Path
 
 import click
 
+from mlc_compile.cli._models import open_model
 from mlc_compile.cli._output import Output, examples, output_options
 from mlc_compile.cli._params import (
     MODEL,
     OUT_DIR,
+    allow_experimental_option,
     model_type_option,
+    prove_option,
     quantization_option,
     source_format_option,
 )
@@ -29,6 +32,8 @@ from mlc_compile.cli._params import (
 @click.option("-o", "--output", type=OUT_DIR, required=True, help="Directory to make.")
 @source_format_option
 @model_type_option
+@prove_option
+@allow_experimental_option
 @click.option(
     "--jobs",
     type=click.IntRange(min=1),
@@ -45,6 +50,8 @@ def command(
     output: Path,
     source_format: str,
     model_type: str,
+    prove: bool,
+    allow_experimental: bool,
     jobs: int,
     dry_run: bool,
     overwrite: bool,
@@ -56,14 +63,13 @@ def command(
     file. The directory appears whole or not at all; its manifest.json lists every file and
     tensor with its hash.
     """
-    from mlc_compile.models.detect import load_model
     from mlc_compile.quantization.scheme import get_scheme
     from mlc_compile.weights.checkpoint import open_checkpoint
     from mlc_compile.weights.convert import convert_weight, plan_conversion
 
     scheme = get_scheme(quantization)
     source = open_checkpoint(model, source_format=source_format)
-    arch = load_model(source.config, model_type=model_type, where=str(model))
+    arch = open_model(source, model_type, out, prove=prove, allow_experimental=allow_experimental)
     if dry_run:
         out.result(plan_conversion(source, arch, scheme))
         return

@@ -7,12 +7,15 @@ from typing import Any
 
 import click
 
+from mlc_compile.cli._models import open_model
 from mlc_compile.cli._output import Output, examples, output_options
 from mlc_compile.cli._params import (
     MODEL,
     OUT_DIR,
+    allow_experimental_option,
     compile_number_options,
     model_type_option,
+    prove_option,
     quantization_option,
     source_format_option,
 )
@@ -42,6 +45,8 @@ from mlc_compile.cli._params import (
 @click.option("--overwrite", is_flag=True, help="Replace a configuration in the directory.")
 @source_format_option
 @model_type_option
+@prove_option
+@allow_experimental_option
 @output_options
 def command(
     model: Path,
@@ -51,6 +56,8 @@ def command(
     overwrite: bool,
     source_format: str,
     model_type: str,
+    prove: bool,
+    allow_experimental: bool,
     out: Output,
     **numbers: Any,  # int or None for each of COMPILE_NUMBERS
 ) -> None:
@@ -63,13 +70,12 @@ def command(
     """
     from mlc_compile.chat_config import gen_config
     from mlc_compile.config import resolve_compile_config
-    from mlc_compile.models.detect import load_model
     from mlc_compile.quantization.scheme import get_scheme
     from mlc_compile.weights.checkpoint import open_checkpoint
 
     scheme = get_scheme(quantization)
     source = open_checkpoint(model, source_format=source_format)
-    arch = load_model(source.config, model_type=model_type, where=str(model))
+    arch = open_model(source, model_type, out, prove=prove, allow_experimental=allow_experimental)
     config = resolve_compile_config(arch.config, **numbers)
     report = gen_config(
         source,

@@ -58,6 +58,7 @@ REGISTRIES = {"models": models, "quantizations": quantizations, "targets": targe
 def command(registry: str, out: Output) -> None:
     """List supported models, quantizations or targets.
 
-    stable: covered by parity tests against a reference. experimental: works, may change.
+    stable: covered by parity tests against a reference. experimental: works, may change. `detect`
+    says what a checkpoint of another class is.
     """
     out.table(REGISTRIES[registry]())

@@ -7,7 +7,12 @@ from pathlib import Path
 import click
 
 from mlc_compile.cli._output import Output, examples, output_options
-from mlc_compile.cli._params import OUT_DIR, budget_option, existing
+from mlc_compile.cli._params import (
+    OUT_DIR,
+    allow_experimental_option,
+    budget_option,
+    existing,
+)
 
 
 @click.command(
@@ -25,8 +30,16 @@ from mlc_compile.cli._params import OUT_DIR, budget_option, existing
     "--opt", default="O2", show_default=True, metavar="O0..O3|k=v;…", help="As for compile."
 )
 @budget_option
+@allow_experimental_option
 @output_options
-def command(config: Path, output: Path, opt: str, budget: int | None, out: Output) -> None:
+def command(
+    config: Path,
+    output: Path,
+    opt: str,
+    budget: int | None,
+    allow_experimental: bool,
+    out: Output,
+) -> None:
     """Put the models of an iOS app together.
 
     CONFIG is a mlc-package-config.json as for MLC-LLM, whose models are directories made by
@@ -40,7 +53,14 @@ def command(config: Path, output: Path, opt: str, budget: int | None, out: Outpu
     from mlc_compile.compiler.package import package
 
     with out.progress() as progress:
-        report = package(config, output, budget=budget, opt=opt, progress=progress)
+        report = package(
+            config,
+            output,
+            budget=budget,
+            opt=opt,
+            allow_experimental=allow_experimental,
+            progress=progress,
+        )
     for note in report.notes:
         out.info(note)
     out.result(report)

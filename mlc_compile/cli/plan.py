@@ -5,9 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 
 from mlc_compile.cli._output import Output, examples, output_options
-from mlc_compile.cli._params import budget_option, existing, overrides_option, target_option
+from mlc_compile.cli._params import (
+    budget_option,
+    existing,
+    model_type_option,
+    overrides_option,
+    target_option,
+)
 
 
 @click.command(
@@ -23,6 +30,7 @@ from mlc_compile.cli._params import budget_option, existing, overrides_option, t
 @click.argument("source", metavar="SOURCE", type=existing())
 @target_option
 @click.option("--quantization", metavar="NAME", help="Scheme; needed for a checkpoint.")
+@model_type_option
 @overrides_option
 @budget_option
 @click.option(
@@ -35,6 +43,7 @@ def command(
     source: Path,
     target: str,
     quantization: str | None,
+    model_type: str,
     overrides: dict[str, int],
     budget: int | None,
     fit: bool,
@@ -54,6 +63,12 @@ def command(
         raise click.UsageError(
             "--fit chooses the scheme: leave --quantization out", click.get_current_context()
         )
+    context = click.get_current_context()
+    if fit and context.get_parameter_source("model_type") is not ParameterSource.DEFAULT:
+        raise click.UsageError(
+            "--fit reads the architecture from SOURCE: give the directory made by gen_config",
+            context,
+        )
     if fit and budget is not None:
         from mlc_compile.compiler.fit import fit_plan
 
@@ -65,7 +80,7 @@ def command(
     from mlc_compile.targets.profile import get_target
 
     profile, _ = get_target(target)
-    inputs = load_plan_inputs(source, profile, quantization, overrides)
+    inputs = load_plan_inputs(source, profile, quantization, overrides, model_type)
     for note in inputs.config.notes:
         out.detail(note)
     plan = estimate_plan(inputs.model, inputs.scheme, inputs.config, profile)

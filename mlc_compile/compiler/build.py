@@ -26,6 +26,7 @@ from mlc_compile.compiler.memory import (
 from mlc_compile.compiler.opt import OptFlags, parse_opt
 from mlc_compile.compiler.tvm_pair import require_tvm
 from mlc_compile.errors import InputError
+from mlc_compile.models.structure import check_allowed
 from mlc_compile.quantization.policy import stored_params
 from mlc_compile.targets.apple.prefix import check_prefix, derived_prefix
 from mlc_compile.targets.parsing import fast_parsing
@@ -45,12 +46,14 @@ class CompileReport:
     seconds: float
     nbytes: int
     kernels: int
+    architecture: Mapping[str, str]
     notes: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
         return {
             "library": str(self.library),
             "target": self.target,
+            "architecture": dict(self.architecture),
             "bytes": self.nbytes,
             "seconds": round(self.seconds, 2),
             "kernels": self.kernels,
@@ -64,6 +67,8 @@ class CompileReport:
             f"for {self.target}, {self.seconds:.1f} s",
             self.plan.to_text(),
         ]
+        if "evidence" in self.architecture:
+            lines.append("  architecture {name}, {label}: {evidence}".format(**self.architecture))
         return "\n".join(lines)
 
 
@@ -79,6 +84,7 @@ def compile_library(
     max_binding_bytes: int | None = None,
     web_toolchain: str = "zig",
     system_lib_prefix: str | None = None,
+    allow_experimental: bool = False,
     progress: Progress | None = None,
 ) -> CompileReport:
     """Compile the model library of a configuration.
@@ -86,10 +92,12 @@ def compile_library(
     source: a directory with mlc-chat-config.json, or that file. overrides: sizes of CompileConfig
     that replace the configuration's. max_binding_bytes: replaces the target's own limit.
     web_toolchain: what links WebAssembly. system_lib_prefix: what a statically linked library
-    registers itself under; None derives it. Nothing is written unless everything succeeded.
+    registers itself under; None derives it. allow_experimental: also an architecture that is
+    matched by structure alone. Nothing is written unless everything succeeded.
 
     Raises:
-        InputError: a bad configuration, target, output name or option, or a plan above `budget`.
+        InputError: a bad configuration, target, output name or option, an architecture that must
+            be allowed, or a plan above `budget`.
         EnvironmentLacksError: TVM's pair or a linker is missing.
     """
     started = time.monotonic()
@@ -102,6 +110,7 @@ def compile_library(
         )
     flags = parse_opt(opt)
     inputs = load_inputs(source, profile, overrides or {})
+    check_allowed(inputs.model, allow_experimental, where=str(source))
     prefix = library_prefix(inputs, profile, output.suffix, flags, system_lib_prefix)
     estimate = check_inputs(inputs, profile, budget, max_binding_bytes)
     output = output.resolve()
@@ -154,6 +163,7 @@ def compile_library(
         seconds=time.monotonic() - started,
         nbytes=nbytes,
         kernels=kernels,
+        architecture=inputs.model.identity(),
         notes=(*inputs.config.notes, *warnings),
     )
 

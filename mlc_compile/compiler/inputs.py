@@ -10,8 +10,8 @@ from typing import Any
 from mlc_compile.chat_config import COMPILE_KEYS, FILE_NAME, ChatConfig
 from mlc_compile.config import CompileConfig, resolve_compile_config
 from mlc_compile.errors import InputError
-from mlc_compile.models.detect import load_model
 from mlc_compile.models.spec import Model
+from mlc_compile.models.structure import declared_model, identify
 from mlc_compile.quantization.scheme import QuantScheme, get_scheme
 from mlc_compile.targets.profile import TargetProfile
 
@@ -36,8 +36,7 @@ def load_inputs(
         InputError: no such configuration, or one that says something impossible.
     """
     chat = ChatConfig.read(source)
-    where = str(chat.path)
-    model = load_model(chat.model_config, model_type=chat.model_type, where=where)
+    model = chat.model()
     sizes = {key: min(size, profile.caps.get(key, size)) for key, size in chat.sizes.items()}
     notes = tuple(
         f"{key} is {size}, not the configuration's {chat.sizes[key]}: a default of "
@@ -59,8 +58,10 @@ def load_plan_inputs(
     profile: TargetProfile,
     quantization: str | None,
     overrides: Mapping[str, int],
+    model_type: str = "auto",
 ) -> CompileInputs:
-    """As load_inputs, and from a checkpoint too, whose scheme then is `quantization`.
+    """As load_inputs, and from a checkpoint too, whose scheme then is `quantization`, and whose
+    architecture `model_type` may name.
 
     Raises:
         InputError: as load_inputs; a checkpoint without a scheme.
@@ -79,7 +80,12 @@ def load_plan_inputs(
             f"{source} is a checkpoint and names no scheme", hint="give --quantization NAME"
         )
     checkpoint = open_checkpoint(source)
-    model = load_model(checkpoint.config, where=str(source))
+    model = declared_model(checkpoint.config, model_type=model_type, where=str(source))
+    if model is None:
+        shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
+        # A plan makes nothing, so what matches by structure will do.
+        detection = identify(checkpoint.config, shapes, where=str(source))
+        model = detection.chosen(allow_experimental=True)
     _check_keys(overrides)
     config = resolve_compile_config(
         model.config,

@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from mlc_compile.compiler.workspace import logits_bytes, stack_workspace
 from mlc_compile.config import CompileConfig
 from mlc_compile.errors import InputError
 from mlc_compile.models.spec import Model
@@ -83,13 +84,16 @@ def largest_binding(model: Model, scheme: QuantScheme, config: CompileConfig) ->
     c, size = model.config, numpy_dtype(scheme.model_dtype).itemsize
     rows = max(config.prefill_chunk_size, config.max_batch_size)
     heads = c.num_attention_heads + 2 * c.num_key_value_heads
-    widest = max(2 * c.intermediate_size, heads * c.head_dim, c.hidden_size)
+    inner = 2 * c.intermediate_size
+    if c.experts is not None:
+        inner = max(inner, 2 * c.experts.per_token * c.experts.intermediate_size)
+    widest = max(inner, heads * c.cache_head_dim, c.hidden_size)
     found = {
         f"the parameter {stored.name}": stored.nbytes
         for spec in model.parameters()
         for stored in stored_params(spec, scheme)
     }
-    page = 2 * c.num_key_value_heads * PAGE_TOKENS * c.head_dim * size
+    page = 2 * c.num_key_value_heads * PAGE_TOKENS * c.cache_head_dim * size
     found["one layer of the KV cache"] = kv_cache_pages(config) * page
     found["an activation of one prefill chunk"] = rows * widest * size
     return max(found.items(), key=lambda item: item[1])
@@ -115,96 +119,23 @@ def check_binding(found: tuple[str, int], limit: int | None, target: str) -> Non
 def kv_cache_bytes(model: Model, dtype: str, config: CompileConfig) -> int:
     """Pages of all layers, and the buffers that the cache keeps for one prefill chunk."""
     c, size = model.config, numpy_dtype(dtype).itemsize
-    page = 2 * c.num_key_value_heads * PAGE_TOKENS * c.head_dim * size
+    page = 2 * c.num_key_value_heads * PAGE_TOKENS * c.cache_head_dim * size
     pages = kv_cache_pages(config) * page * c.num_hidden_layers
-    q_and_out = 2 * c.num_attention_heads * c.head_dim * size
-    k_and_v = 2 * c.num_key_value_heads * c.head_dim * size
+    q_and_out = 2 * c.num_attention_heads * c.cache_head_dim * size
+    k_and_v = 2 * c.num_key_value_heads * c.cache_head_dim * size
     log_sum_exp = 2 * c.num_attention_heads * 4
     return pages + config.prefill_chunk_size * (q_and_out + k_and_v + log_sum_exp)
-
-
-class _StoragePool:
-    """TVM's StaticPlanBlockMemory in numbers: which storage the next tensor gets.
-
-    A tensor takes the smallest free storage that holds it; if none does, the largest free one is
-    enlarged; a storage more than 16 times larger or smaller is not considered (TVM 0.27,
-    static_plan_block_memory).
-    """
-
-    _MATCH_RANGE = 16
-
-    def __init__(self) -> None:
-        self.storages: list[int] = []  # bytes, by number
-        self.free: list[int] = []
-
-    def take(self, size: int) -> int:
-        """The number of the storage that a tensor of `size` bytes is put into."""
-        near = [
-            i
-            for i in self.free
-            if size // self._MATCH_RANGE <= self.storages[i] <= size * self._MATCH_RANGE
-        ]
-        holding = [i for i in near if self.storages[i] >= size]
-        if near:
-            chosen = (
-                min(holding, key=self.storages.__getitem__)
-                if holding
-                else max(near, key=self.storages.__getitem__)
-            )
-            self.free.remove(chosen)
-            self.storages[chosen] = max(self.storages[chosen], size)
-            return chosen
-        self.storages.append(size)
-        return len(self.storages) - 1
-
-    def step(self, outputs: list[int], inputs: list[int]) -> list[int]:
-        """One kernel: its outputs' storages are taken while its inputs' are still held, then these
-        are freed."""
-        taken = [self.take(size) for size in outputs]
-        self.free.extend(inputs)
-        return taken
-
-
-def _stack_workspace(model: Model, row_bytes: int) -> int:
-    """Storages of the transformer stack with every fusion on; row_bytes = rows x bytes of an
-    element."""
-    c = model.config
-    hidden = row_bytes * c.hidden_size
-    heads = row_bytes * c.num_attention_heads * c.head_dim
-    qkv = heads + row_bytes * 2 * c.num_key_value_heads * c.head_dim
-    inner = row_bytes * c.intermediate_size
-    pool = _StoragePool()
-    normed = pool.step([hidden], [])
-    residual: list[int] = []  # the first one is the caller's
-    for layer in range(c.num_hidden_layers):
-        projected = pool.step([qkv], normed)
-        if model.arch.attention.qk_norm:
-            projected = pool.step([qkv], projected)
-        attended = pool.step([heads], projected)
-        out = pool.step([hidden], attended)
-        normed, residual = _split(pool.step([hidden, hidden], out + residual))
-        gate_up = pool.step([2 * inner], normed)
-        gated = pool.step([inner], gate_up)
-        down = pool.step([hidden], gated)
-        if layer < c.num_hidden_layers - 1:
-            normed, residual = _split(pool.step([hidden, hidden], down + residual))
-        else:
-            pool.step([hidden], down + residual)  # the normed result is handed out, not planned
-    return sum(pool.storages) + hidden
-
-
-def _split(pair: list[int]) -> tuple[list[int], list[int]]:
-    return pair[:1], pair[1:]
 
 
 def estimate_workspace(model: Model, dtype: str, config: CompileConfig) -> int:
     """What the compiler plans for the largest of the functions in PLANNED, without compiling."""
     c, size = model.config, numpy_dtype(dtype).itemsize
     rows = max(config.prefill_chunk_size, config.max_batch_size)
-    row, logits = c.hidden_size * size, c.vocab_size * 4
+    row = c.hidden_size * size
+    logits = logits_bytes(c, size, model.arch.head_bias is True)
     prefill_tokens = config.prefill_chunk_size * row + row + logits
     batch_prefill = config.max_batch_size * (row + logits)
-    return _stack_workspace(model, rows * size) + max(prefill_tokens, batch_prefill)
+    return stack_workspace(model, rows, size) + max(prefill_tokens, batch_prefill)
 
 
 def estimate_plan(

@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -96,7 +97,8 @@ def build_metadata(
             "tvm": version("apache-tvm"),
             "tvm_ffi": version("apache-tvm-ffi"),
             "target": profile.name,
-            "architecture_label": model.arch.label,
+            "architecture_label": model.label,
+            "architecture": model.identity(),
             "config_fingerprint": config_fingerprint(model, scheme),
             "parameter_schema_id": schema,
             "memory_plan": plan.to_json(),
@@ -107,27 +109,10 @@ def build_metadata(
 
 def config_fingerprint(model: Model, scheme: QuantScheme) -> str:
     """sha256 over everything that fixes the graph's shapes and numbers, window sizes apart."""
-    c = model.config
-    rope = {
-        "kind": c.rope.kind,
-        "theta": c.rope.theta,
-        "rotary_dim": c.rope.rotary_dim,
-        "params": dict(c.rope.params),
-    }
     numbers = {
-        "model_type": c.model_type,
         "scheme": scheme.name,
-        "hidden_size": c.hidden_size,
-        "intermediate_size": c.intermediate_size,
-        "num_hidden_layers": c.num_hidden_layers,
-        "num_attention_heads": c.num_attention_heads,
-        "num_key_value_heads": c.num_key_value_heads,
-        "head_dim": c.head_dim,
-        "vocab_size": c.vocab_size,
-        "norm_eps": c.norm_eps,
-        "tie_word_embeddings": c.tie_word_embeddings,
-        "rope": rope,
-        "arch": repr(model.arch),
+        **{k: v for k, v in asdict(model.config).items() if k != "raw"},
+        "structure": repr(model.arch.structure),
     }
     text = json.dumps(numbers, sort_keys=True, separators=(",", ":"), default=list)
     return "sha256:" + hashlib.sha256(text.encode()).hexdigest()

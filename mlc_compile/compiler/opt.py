@@ -1,9 +1,9 @@
 """`--opt`: a level, or a level's switches changed one by one ("O2" or "fuse_norm=0;fuse_gated=0").
 
 O0 switches every fusing pass off: TVM's generic lowering of each operation, the slow reference
-route. O1 fuses what would otherwise materialise weights (linear, embedding); O2, the default, all
-that a target has kernels for. O3 also captures the launches of decoding into CUDA graphs, on a
-device that has them.
+route. O1 fuses what would otherwise materialise weights (linear, embedding) or unpack them for each
+use (experts); O2, the default, all that a target has kernels for. O3 also captures the launches of
+decoding into CUDA graphs, on a device that has them.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ FUSIONS = (
     "fuse_residual",
     "fuse_linear_norm",
     "fuse_linear_gated",
+    "fuse_experts",
     "fuse_embedding",
     "fuse_qk_norm",
     "fuse_norm",
@@ -26,7 +27,7 @@ CUDA_GRAPH = "cuda_graph"
 SWITCHES = (*FUSIONS, CUDA_GRAPH)
 LEVELS: dict[str, frozenset[str]] = {
     "O0": frozenset(),
-    "O1": frozenset({"fuse_linear", "fuse_embedding"}),
+    "O1": frozenset({"fuse_linear", "fuse_experts", "fuse_embedding"}),
     "O2": frozenset(FUSIONS),
     "O3": frozenset(SWITCHES),
 }

@@ -34,6 +34,7 @@ from mlc_compile.compiler.tvm_pair import require_tvm
 from mlc_compile.config import ConfigReader, read_json_strict
 from mlc_compile.errors import InputError
 from mlc_compile.manifest import MANIFEST, parameter_schema_id, read_manifest
+from mlc_compile.models.structure import check_allowed
 from mlc_compile.quantization.policy import stored_params
 from mlc_compile.targets.apple.phones import PHONES
 from mlc_compile.targets.apple.prefix import check_distinct, check_prefix, model_lib_of, prefix_of
@@ -261,14 +262,16 @@ def package(
     *,
     budget: int | None = None,
     opt: str = "O2",
+    allow_experimental: bool = False,
     progress: Progress | None = None,
 ) -> PackageReport:
     """Compile every model of `config_path` and write `output`/lib and `output`/bundle.
 
     budget: bytes that each model's plan must fit in; None is DEFAULT_PHONE's for an iPhone and
-    none elsewhere. Everything is made beside `output` first and moved there at the end, the app's
-    configuration last. Other files in `output` stay; folders of models that the previous
-    configuration bundled do not. Same inputs give the same bytes.
+    none elsewhere. allow_experimental: as for `compile_library`. Everything is made beside
+    `output` first and moved there at the end, the app's configuration last. Other files in
+    `output` stay; folders of models that the previous configuration bundled do not. Same inputs
+    give the same bytes.
 
     Raises:
         InputError: a bad configuration, a model that does not fit, parameters that are not those
@@ -281,6 +284,8 @@ def package(
     if budget is None and config.profile.name == "iphone":
         budget = PHONES[DEFAULT_PHONE].budget
     jobs = [_prepare(entry, config, budget, opt) for entry in config.entries]
+    for job in jobs:
+        check_allowed(job.inputs.model, allow_experimental, where=str(job.entry.source))
     _check_prefixes(jobs)
     require_tvm()
     config.profile.backend().check_environment(".a", "zig")
@@ -408,6 +413,7 @@ def _libraries(
             overrides=job.overrides,
             budget=budget,
             system_lib_prefix=job.prefix,
+            allow_experimental=True,  # checked for all models at once
             progress=report,
         )
         built[job.prefix] = _Library(read_tar(path), made.plan.total, job.inputs.config.kv_tokens)

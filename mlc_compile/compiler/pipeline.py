@@ -18,6 +18,7 @@ from tvm.target import Target
 from mlc_compile.compiler.opt import CUDA_GRAPH, OptFlags
 from mlc_compile.compiler.passes.bounds import attach_bounds
 from mlc_compile.compiler.passes.fuse_embedding import fuse_embedding
+from mlc_compile.compiler.passes.fuse_experts import fuse_experts
 from mlc_compile.compiler.passes.fuse_gated import fuse_gated
 from mlc_compile.compiler.passes.fuse_linear import fuse_linear
 from mlc_compile.compiler.passes.fuse_linear_gated import fuse_linear_gated
@@ -37,6 +38,7 @@ FUSING: dict[str, Callable[[IRModule, Kernels], IRModule]] = {
     "fuse_residual": fuse_residual,
     "fuse_linear_norm": fuse_linear_norm,
     "fuse_linear_gated": fuse_linear_gated,
+    "fuse_experts": fuse_experts,
     "fuse_embedding": fuse_embedding,
     "fuse_qk_norm": fuse_qk_norm,
     "fuse_norm": fuse_norm,

@@ -2,17 +2,10 @@
 
 from mlc_compile.models.detect import load_model
 from mlc_compile.models.names import BARE_DECODER, HF_DECODER, NameTable
+from mlc_compile.models.params import HeadRows, ParamSpec, Source
 from mlc_compile.models.registry import ARCHITECTURES, get_architecture
-from mlc_compile.models.spec import (
-    Architecture,
-    ConfigSchema,
-    GatedMLP,
-    GroupedQuery,
-    Model,
-    ParamSpec,
-    RMSNorm,
-    num_parameters,
-)
+from mlc_compile.models.schema import ConfigSchema
+from mlc_compile.models.spec import Architecture, Model, num_parameters
 
 __all__ = [
     "ARCHITECTURES",
@@ -20,12 +13,11 @@ __all__ = [
     "HF_DECODER",
     "Architecture",
     "ConfigSchema",
-    "GatedMLP",
-    "GroupedQuery",
+    "HeadRows",
     "Model",
     "NameTable",
     "ParamSpec",
-    "RMSNorm",
+    "Source",
     "get_architecture",
     "load_model",
     "num_parameters",

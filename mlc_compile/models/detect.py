@@ -7,15 +7,28 @@ harmless and whose other values would change the maths are checked by value.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields, replace
 from typing import Any, Final
 
-from mlc_compile.config import ConfigReader, ModelConfig, read_rope
-from mlc_compile.models.registry import get_architecture
-from mlc_compile.models.spec import Architecture, ConfigSchema, Model
+from mlc_compile.config import (
+    NO_ROPE,
+    ConfigReader,
+    Experts,
+    LayerKind,
+    ModelConfig,
+    RopeConfig,
+    read_rope,
+)
+from mlc_compile.errors import InputError
+from mlc_compile.models.options import Alibi, Rotary, SparseMLP
+from mlc_compile.models.registry import ARCHITECTURES, get_architecture
+from mlc_compile.models.schema import FULL, SLIDING, Kinds
+from mlc_compile.models.spec import Architecture, Model, Standing
 
 IGNORED: Final = frozenset(
     {
         # where it comes from
+        "_from_model_config",
         "_name_or_path",
         "name_or_path",
         "_commit_hash",
@@ -40,18 +53,35 @@ IGNORED: Final = frozenset(
         "torchscript",
         "use_bfloat16",
         "use_cache",
+        "use_flash_attention_2",
         # training only
         "attention_dropout",
         "embd_pdrop",
         "hidden_dropout",
+        "gradient_checkpointing",
+        "output_router_logits",
+        "pretraining_tp",  # cuts products in slices and adds them up; tensors are whole
+        "router_aux_loss_coef",
+        "router_jitter_noise",
         "initializer_range",
+        "attn_pdrop",
+        "classifier_dropout",
+        "embed_dropout",
+        "embedding_dropout",
+        "resid_dropout",
         "resid_pdrop",
+        "residual_dropout",
         # classification heads, which no supported class has
         "finetuning_task",
         "id2label",
         "label2id",
         "num_labels",
         "problem_type",
+        "summary_activation",
+        "summary_first_dropout",
+        "summary_proj_to_labels",
+        "summary_type",
+        "summary_use_proj",
         "task_specific_params",
         # tokens and sampling: chat_config.py reads these
         "bad_words_ids",
@@ -68,7 +98,9 @@ IGNORED: Final = frozenset(
         "forced_eos_token_id",
         "length_penalty",
         "max_length",
+        "max_sequence_length",
         "min_length",
+        "model_max_length",
         "no_repeat_ngram_size",
         "num_beam_groups",
         "num_beams",
@@ -99,7 +131,6 @@ FIXED: Final[tuple[tuple[str, tuple[object, ...], str], ...]] = (
         "dual chunk attention is not built; without this key the model is exact up to the "
         "original length only, so take the checkpoint of ordinary context instead",
     ),
-    ("pretraining_tp", (1, None), "convert the checkpoint to one slice first"),
     ("rope_interleaved", (False, None), "permute q and k to the half-split order first"),
     ("use_mrope", (False, None), "positions in several axes are not built"),
     ("is_decoder", (False, True, None), ""),
@@ -121,6 +152,20 @@ _MAX_VOCAB: Final = 2**24
 _MAX_LAYERS: Final = 4096
 _MAX_HEADS: Final = 2**14
 _MAX_HEAD_DIM: Final = 2**12
+_MAX_EXPERTS: Final = 2**14
+
+ACTIVATIONS: Final = (
+    "silu",
+    "swish",
+    "gelu",
+    "gelu_new",
+    "gelu_pytorch_tanh",
+    "gelu_fast",
+    "quick_gelu",
+    "relu",
+    "relu2",
+)
+"""The activations that nn/activations.py builds."""
 
 
 def load_model(config_json: Mapping[str, Any], *, model_type: str = "auto", where: str) -> Model:
@@ -129,42 +174,90 @@ def load_model(config_json: Mapping[str, Any], *, model_type: str = "auto", wher
     Args:
         config_json: the keys as read; kept as `ModelConfig.raw`.
         model_type: `auto` goes by the file; any other name reads it as that type, which is the
-            user's word that the maths is the same.
+            user's word that the maths is the same (`Model.standing`).
         where: the file or checkpoint, for messages.
 
     Raises:
         InputError: unknown type, class, key or value, or sizes that cannot be; names closest
             types and the key.
     """
-    reader = ConfigReader(config_json, where=where)
-    found = reader.optional_text("model_type")
+    found = config_json.get("model_type")
+    own = declared_by(config_json)
     if model_type == "auto":
-        if found is None:
-            raise reader.fail(
-                "model_type",
-                "is missing",
+        if own is None and not isinstance(found, str):
+            raise InputError(
+                f"{where}: model_type is missing or no string",
                 hint="is this a Hugging Face config.json? --model-type names it by hand",
             )
-        declared = get_architecture(found, where=where)
-    else:
-        declared = get_architecture(model_type, where="--model-type")
-    _check_class(reader, declared, forced=model_type not in ("auto", found))
+        declared = own or get_architecture(str(found), where=where)
+        return read_model(config_json, declared, where=where)
+    declared = get_architecture(model_type, where="--model-type")
+    if declared is own:
+        return read_model(config_json, declared, where=where)
+    model = read_model(config_json, declared, where=where, forced=True)
+    evidence = f"--model-type {model_type}, while config.json says {found}"
+    return replace(model, standing=Standing("named", evidence))
 
+
+def declared_by(config_json: Mapping[str, Any]) -> Architecture | None:
+    """The architecture that `model_type` and `architectures` name; None where they do not.
+
+    A few old files have the class alone.
+    """
+    found, classes = config_json.get("model_type"), config_json.get("architectures")
+    if isinstance(found, str):
+        declared = ARCHITECTURES.get(found)
+        return declared if declared and names_class(config_json, declared) else None
+    if found is not None or not isinstance(classes, list):
+        return None
+    # A class that a second type may have, too, is the first one's.
+    by_class = {arch.hf_classes[0]: arch for arch in ARCHITECTURES.values()}
+    return by_class.get(str(classes[0])) if len(classes) == 1 else None
+
+
+def is_foreign(config_json: Mapping[str, Any]) -> bool:
+    """Whether a model type or class is named that is not known, so that structure must decide."""
+    found = config_json.get("model_type")
+    named = isinstance(found, str) or (found is None and bool(config_json.get("architectures")))
+    return named and declared_by(config_json) is None
+
+
+def names_class(config_json: Mapping[str, Any], declared: Architecture) -> bool:
+    """Whether `architectures` names a class of the declaration, or none at all."""
+    classes = config_json.get("architectures")
+    if not isinstance(classes, list):
+        return not classes
+    return not classes or any(name in classes for name in declared.hf_classes)
+
+
+def read_model(
+    config_json: Mapping[str, Any], declared: Architecture, *, where: str, forced: bool = False
+) -> Model:
+    """A model of that architecture. forced: whatever class config.json names.
+
+    Raises:
+        InputError: as `load_model`.
+    """
+    reader = declared.schema.reader(config_json, where)
+    reader.take("model_type")
+    _check_class(reader, declared, forced=forced)
     arch = declared.resolve(reader)
-    reader.only("hidden_act", (arch.mlp.activation,), hint="other activations are not built")
-    for key, values, hint in FIXED:
-        reader.only(key, values, hint=hint or None)
+    if reader.has("hidden_act") and "hidden_act" not in dict(arch.schema.fixed):
+        reader.only("hidden_act", (arch.mlp.activation,), hint="this type has no other")
+    reader.only("hidden_act", ACTIVATIONS, hint="other activations are not built")
     for key, values in arch.schema.fixed:
         reader.only(key, values)
+    for key, values, hint in FIXED:
+        reader.only(key, values, hint=hint or None)
     config = _read_numbers(reader, arch)
-    reader.finish(ignorable=IGNORED | set(arch.schema.ignored))
+    reader.finish(ignorable=IGNORED | set(arch.schema.ignored) | set(arch.schema.defaults))
     return Model(arch=arch, config=config, names=arch.names[0])
 
 
 def _check_class(reader: ConfigReader, arch: Architecture, *, forced: bool) -> None:
     """`architectures` must name a class of this type, unless the user forced the type."""
     classes = reader.optional_texts("architectures")
-    if classes and not forced and not set(classes) & set(arch.hf_classes):
+    if not forced and classes and not names_class(reader.source, arch):
         raise reader.fail(
             "architectures",
             f"is {', '.join(classes)}; for model_type {arch.name!r} only "
@@ -174,49 +267,60 @@ def _check_class(reader: ConfigReader, arch: Architecture, *, forced: bool) -> N
 
 
 def _read_numbers(reader: ConfigReader, arch: Architecture) -> ModelConfig:
-    schema = arch.schema
     hidden = reader.integer("hidden_size", high=_MAX_WIDTH)
     heads = reader.integer("num_attention_heads", high=_MAX_HEADS)
-    layers = reader.integer("num_hidden_layers", high=_MAX_LAYERS)
-    kv_heads = _kv_heads(reader, schema, heads)
-    head_dim = _head_dim(reader, schema, hidden, heads)
-    positions = reader.integer("max_position_embeddings")
-    return ModelConfig(
-        model_type=arch.name,
-        hidden_size=hidden,
-        intermediate_size=reader.integer("intermediate_size", high=_MAX_INNER),
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        head_dim=head_dim,
-        vocab_size=reader.integer("vocab_size", high=_MAX_VOCAB),
-        norm_eps=reader.number(schema.norm_eps, high=1.0),
-        max_position_embeddings=positions,
-        tie_word_embeddings=reader.flag("tie_word_embeddings"),
-        sliding_window=_window(reader, schema, layers),
-        rope=read_rope(reader, head_dim=head_dim, max_position_embeddings=positions),
-        raw=dict(reader.raw),
-    )
-
-
-def _kv_heads(reader: ConfigReader, schema: ConfigSchema, heads: int) -> int:
-    if "num_key_value_heads" in reader.raw or schema.num_key_value_heads is None:
-        kv_heads = reader.optional_integer("num_key_value_heads", high=_MAX_HEADS) or heads
-    else:
-        kv_heads = schema.num_key_value_heads
+    count = reader.integer("num_hidden_layers", high=_MAX_LAYERS)
+    kv_heads = reader.optional_integer("num_key_value_heads", high=_MAX_HEADS) or heads
     if heads % kv_heads:
         raise reader.fail(
             "num_key_value_heads", f"({kv_heads}) does not divide num_attention_heads ({heads})"
         )
-    return kv_heads
+    head_dim = _head_dim(reader, hidden, heads, given="head_dim" in arch.schema.defaults)
+    positions = reader.integer("max_position_embeddings")
+    experts = _experts(reader, arch)
+    kinds = arch.schema.kinds(reader, count)
+    window = _window(reader, kinds)
+    layers = _layers(reader, arch, kinds, window, head_dim, positions)
+    rotating = [kind.rope for kind in layers if kind.rope is not None]
+    return ModelConfig(
+        model_type=arch.name,
+        hidden_size=hidden,
+        intermediate_size=reader.integer("intermediate_size", high=_MAX_INNER),
+        num_hidden_layers=count,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+        vocab_size=reader.integer("vocab_size", high=_MAX_VOCAB),
+        norm_eps=reader.number("rms_norm_eps", high=1.0),
+        max_position_embeddings=positions,
+        tie_word_embeddings=reader.flag("tie_word_embeddings"),
+        sliding_window=window if FULL not in kinds else None,
+        rope=rotating[0] if rotating else NO_ROPE,
+        layers=layers,
+        experts=experts,
+        extra_head_dim=_alibi_dims(head_dim) if isinstance(arch.positions, Alibi) else 0,
+        raw=dict(reader.source),
+        **_factors(reader, arch),
+    )
 
 
-def _head_dim(reader: ConfigReader, schema: ConfigSchema, hidden: int, heads: int) -> int:
-    head_dim: int | None
-    if schema.head_dim is not None:
-        head_dim = reader.integer("head_dim", default=schema.head_dim, high=_MAX_HEAD_DIM)
-    else:
-        head_dim = reader.optional_integer("head_dim", high=_MAX_HEAD_DIM)
+def _factors(reader: ConfigReader, arch: Architecture) -> dict[str, Any]:
+    """The numbers that the schema has a rule for; a rule may give None for "without"."""
+    rules = {f.name: getattr(arch.schema.numbers, f.name) for f in fields(arch.schema.numbers)}
+    found = {name: rule(reader) for name, rule in rules.items() if rule is not None}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _alibi_dims(head_dim: int) -> int:
+    """Two dimensions are needed; a head stays a multiple of 8 where it is one, for wide loads."""
+    return 8 if head_dim % 8 == 0 else 2
+
+
+def _head_dim(reader: ConfigReader, hidden: int, heads: int, *, given: bool) -> int:
+    """given: the class has a size of its own, and none of it is no size."""
+    if given:
+        return reader.integer("head_dim", high=_MAX_HEAD_DIM)
+    head_dim = reader.optional_integer("head_dim", high=_MAX_HEAD_DIM)
     if head_dim is None:
         if hidden % heads:
             raise reader.fail(
@@ -225,69 +329,107 @@ def _head_dim(reader: ConfigReader, schema: ConfigSchema, hidden: int, heads: in
                 hint="where heads have their own size, head_dim must say it",
             )
         head_dim = hidden // heads
-    if head_dim % 2:
-        raise reader.fail("head_dim", f"is {head_dim}; rotary positions need an even size")
     return head_dim
 
 
-_LAYER_KINDS: Final = ("full_attention", "sliding_attention")
-
-
-def _window(reader: ConfigReader, schema: ConfigSchema, layers: int) -> int | None:
-    """The window of every layer; None for full attention. A mixture is an error."""
-    kinds = reader.optional_texts("layer_types")
-    if kinds is not None:
-        for kind in kinds:
-            if kind not in _LAYER_KINDS:
-                raise reader.fail(
-                    "layer_types", f"holds {kind!r}; supported: {', '.join(_LAYER_KINDS)}"
-                )
-        if len(kinds) != layers:
-            raise reader.fail(
-                "layer_types", f"has {len(kinds)} entries for num_hidden_layers = {layers}"
-            )
-        if len(set(kinds)) > 1:
-            raise reader.fail(
-                "layer_types",
-                "mixes full_attention and sliding_attention",
-                hint="one kind for all layers is supported",
-            )
-
-    window: int | None = None
-    if schema.window == "none":
-        reader.only("sliding_window", (None,), hint="this model type has no window")
-        reader.only("use_sliding_window", (False, None), hint="this model type has no window")
-    else:
-        window = schema.sliding_window
-        if "sliding_window" in reader.raw:
-            window = reader.optional_integer("sliding_window")
-    if schema.window == "gated":
-        window = _gated_window(reader, window, layers, explicit=kinds is not None)
-        if kinds is not None and "full_attention" in kinds:
-            window = None
-    if kinds is not None and ("sliding_attention" in kinds) != (window is not None):
+def _window(reader: ConfigReader, kinds: Kinds) -> int | None:
+    """The window of the layers that have one."""
+    if SLIDING not in kinds:
+        reader.take("sliding_window")  # transformers 5 writes 0 where a switch turns it off
+        return None
+    window = reader.optional_integer("sliding_window")
+    if window is None:
         raise reader.fail(
-            "layer_types",
-            f"is all {kinds[0]} but the window is {window}",
+            "sliding_window",
+            "is not given, but layers have a window",
             hint="sliding_window and layer_types contradict each other",
         )
     return window
 
 
-def _gated_window(
-    reader: ConfigReader, window: int | None, layers: int, *, explicit: bool
-) -> int | None:
-    """Qwen's rule: a window only if switched on, and only from layer `max_window_layers` on."""
-    first = reader.integer("max_window_layers", default=28, low=0)
-    if not reader.flag("use_sliding_window") or window is None:
+def _layers(
+    reader: ConfigReader,
+    arch: Architecture,
+    kinds: Kinds,
+    window: int | None,
+    head_dim: int,
+    positions: int,
+) -> tuple[LayerKind, ...]:
+    schema = arch.schema
+    ropes: dict[str, RopeConfig | None] = dict.fromkeys(kinds)
+    rotates: tuple[bool, ...] = (False,) * len(kinds)
+    if isinstance(arch.positions, Rotary):
+        rotates = schema.rotates(reader, kinds)
+        for kind in ropes:
+            rope = ropes[kind] = read_rope(
+                reader,
+                head_dim=head_dim,
+                max_position_embeddings=positions,
+                partial=schema.partial_rotary,
+                layer_kind=kind,
+            )
+            if rope.kind not in schema.rope_kinds:
+                raise reader.fail(
+                    "rope_scaling" if reader.has("rope_scaling") else "rope_parameters",
+                    f"is of kind {rope.kind}; this type has {', '.join(schema.rope_kinds)}",
+                )
+        _set_local_rope(reader, arch, ropes)
+    sparse = (False,) * len(kinds)
+    if isinstance(arch.mlp, SparseMLP):
+        sparse = schema.sparse(reader, kinds)
+    mixed = FULL in kinds
+    return tuple(
+        LayerKind(
+            window=window if mixed and kind == SLIDING else None,
+            rope=ropes[kind] if turns else None,
+            sparse=has_experts,
+        )
+        for kind, turns, has_experts in zip(kinds, rotates, sparse, strict=True)
+    )
+
+
+def _set_local_rope(
+    reader: ConfigReader, arch: Architecture, ropes: dict[str, RopeConfig | None]
+) -> None:
+    """Windowed layers may have a RoPE base of their own, without scaling."""
+    if arch.schema.local_theta is None:
+        return
+    theta = reader.optional_number(arch.schema.local_theta)
+    local = ropes.get(SLIDING)
+    if theta is not None and local is not None and not _nested_rope(reader):
+        ropes[SLIDING] = RopeConfig(theta=theta, rotary_dim=local.rotary_dim)
+
+
+def _nested_rope(reader: ConfigReader) -> bool:
+    """Whether settings are given for each kind of layer; one for all is not what such types read.
+
+    Raises:
+        InputError: `rope_parameters` holds one setting for all layers.
+    """
+    parameters = reader.optional_object("rope_parameters")
+    if parameters and SLIDING not in parameters:
+        raise reader.fail(
+            "rope_parameters",
+            f"has no settings of its own for {SLIDING}",
+            hint=f"this model type has two: under {SLIDING} and {FULL}",
+        )
+    return bool(parameters)
+
+
+def _experts(reader: ConfigReader, arch: Architecture) -> Experts | None:
+    if not isinstance(arch.mlp, SparseMLP):
         return None
-    if explicit or first == 0:
-        return window
-    if first >= layers:
-        return None
-    raise reader.fail(
-        "max_window_layers",
-        f"is {first}: layers below it attend fully, the other {layers - first} have a window",
-        hint="one kind for all layers is supported; use_sliding_window: false gives full "
-        "attention, which equals it up to the window's length",
+    keys = arch.schema.experts
+    count = reader.integer(keys["count"], high=_MAX_EXPERTS)
+    per_token = reader.integer(keys["per_token"], high=count)
+    shared = 0
+    if "shared_intermediate_size" in keys:
+        name = keys["shared_intermediate_size"]
+        shared = reader.integer(name, low=0, high=_MAX_INNER)
+    return Experts(
+        count=count,
+        per_token=per_token,
+        intermediate_size=reader.integer(keys["intermediate_size"], high=_MAX_INNER),
+        shared_intermediate_size=shared,
+        scale=reader.number(keys["scale"], default=1.0) if "scale" in keys else 1.0,
     )

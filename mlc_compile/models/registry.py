@@ -7,21 +7,70 @@ from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 
 from mlc_compile.errors import InputError
-from mlc_compile.models.llama import LLAMA, MISTRAL
-from mlc_compile.models.qwen import QWEN2, QWEN3
+from mlc_compile.models import (
+    alibi,
+    baichuan,
+    chatglm,
+    cohere,
+    exaone,
+    gemma,
+    glm,
+    gpt,
+    internlm,
+    kin,
+    llama,
+    minicpm,
+    moe,
+    neox,
+    olmo,
+    opt,
+    phi,
+    qwen,
+    smollm,
+    stablelm,
+)
 from mlc_compile.models.spec import Architecture
+
+FAMILIES = (
+    llama,
+    qwen,
+    moe,
+    internlm,
+    baichuan,
+    chatglm,
+    minicpm,
+    gpt,
+    neox,
+    stablelm,
+    kin,
+    opt,
+    alibi,
+    gemma,
+    cohere,
+    olmo,
+    smollm,
+    exaone,
+    phi,
+    glm,
+)
+"""The modules that declare architectures; every `Architecture` in them is registered."""
 
 
 def _by_name(architectures: Iterable[Architecture]) -> Mapping[str, Architecture]:
     table: dict[str, Architecture] = {}
     for architecture in architectures:
-        if architecture.name in table:
+        # a family may import another's declaration to differ from it
+        if table.setdefault(architecture.name, architecture) is not architecture:
             raise ValueError(f"architecture {architecture.name!r} is registered twice")
-        table[architecture.name] = architecture
     return MappingProxyType(table)
 
 
-ARCHITECTURES: Mapping[str, Architecture] = _by_name((LLAMA, MISTRAL, QWEN2, QWEN3))
+ARCHITECTURES: Mapping[str, Architecture] = _by_name(
+    value
+    for family in FAMILIES
+    for value in vars(family).values()
+    if isinstance(value, Architecture)
+)
 
 
 def get_architecture(model_type: str, *, where: str) -> Architecture:

@@ -21,7 +21,7 @@ from tvm.ir import IRModule
 from tvm.relax import BlockBuilder
 from tvm.relax.frontend.nn import Tensor, op
 
-from mlc_compile.config import CompileConfig, rope_table
+from mlc_compile.config import NO_ROPE, CompileConfig, rope_context
 from mlc_compile.models.spec import Model
 from mlc_compile.nn.decoder import Decoder, build_decoder
 from mlc_compile.nn.kv_cache import KernelFactory, PagedKVCache, create_kv_cache
@@ -62,7 +62,7 @@ class Exporter:
     def __init__(self, decoder: Decoder, params: Sequence[StoredParam], dtype: str) -> None:
         self.decoder = decoder
         self.dtype = dtype
-        self.hidden_size = _hidden_size(decoder)
+        self.hidden_size = decoder.hidden_size
         self.builder = BlockBuilder()
         held = dict(decoder.named_parameters())
         assert sorted(held) == sorted(p.name for p in params), (
@@ -285,7 +285,12 @@ def export_decoder(
     Exporter.export.
     """
     c = model.config
-    inv_freq, attention_factor = rope_table(c, config)
+    context = rope_context(c, config)
+    inv_freq, attention_factor = NO_ROPE.table(context)
+    if c.cache_rotates:
+        inv_freq, attention_factor = c.rope.table(context)
+    # a window that no text outgrows hides nothing
+    layer_window = c.layer_window if (c.layer_window or 0) < config.kv_tokens else None
 
     def create_cache(**sizes: tirx.Var) -> PagedKVCache:
         return create_kv_cache(
@@ -293,16 +298,18 @@ def export_decoder(
             num_layers=c.num_hidden_layers,
             num_qo_heads=c.num_attention_heads,
             num_kv_heads=c.num_key_value_heads,
-            head_dim=c.head_dim,
+            head_dim=c.cache_head_dim,
             dtype=layers.dtype,
             inv_freq=inv_freq,
             attention_factor=attention_factor,
             sliding_window=config.sliding_window_size if config.sliding_window_size > 0 else None,
             attention_sink=max(config.attention_sink_size, 0),
+            softcap=c.attention_softcap,
+            layer_window=layer_window,
             **sizes,
         )
 
-    exporter = Exporter(build_decoder(model, layers), params, layers.dtype)
+    exporter = Exporter(build_decoder(model, layers, context), params, layers.dtype)
     return exporter.export(create_cache, captured_batch=captured_batch)
 
 
@@ -316,10 +323,6 @@ def _variables(args: Sequence[Arg]) -> list[relax.Var]:
     return [
         relax.Var(a.name, relax.TensorType([extent(e) for e in a.shape], a.dtype)) for a in args
     ]
-
-
-def _hidden_size(decoder: Decoder) -> int:
-    return int(decoder.model.norm.weight.shape[0])
 
 
 def _flatten(x: Tensor) -> Tensor:

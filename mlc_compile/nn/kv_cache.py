@@ -45,6 +45,8 @@ def create_kv_cache(
     support_sliding_window: tirx.Var,
     sliding_window: int | None = None,
     attention_sink: int = 0,
+    softcap: float | None = None,
+    layer_window: int | None = None,
 ) -> PagedKVCache:
     """Emit a paged KV cache; to be called in a method exported through `nn.spec`.
 
@@ -61,10 +63,12 @@ def create_kv_cache(
 
     Args:
         kernels: makes the kernels of the target for these numbers.
-        inv_freq: float32 [rotary_dim / 2], radians per token.
+        inv_freq: float32 [rotary_dim / 2], radians per token; empty where the cache rotates
+            nothing.
         attention_factor: scale of cos and sin.
         sliding_window: tokens that a token attends, itself included; None is full attention.
         attention_sink: first tokens that stay visible, counted in the window.
+        softcap, layer_window: as in `KVCacheSpec`.
 
     Raises:
         InputError: the numbers do not fit together, or the table's dtype or rank is wrong.
@@ -83,6 +87,8 @@ def create_kv_cache(
         attention_factor=attention_factor,
         sliding_window=sliding_window,
         attention_sink=attention_sink,
+        softcap=softcap,
+        layer_window=layer_window,
     )
     made = kernels(spec)
     builder = relax.BlockBuilder.current()
@@ -99,7 +105,8 @@ def create_kv_cache(
     paged, decode = backend(made.prefill_paged), backend(made.decode)
     none = relax.Tuple([])
     # The runtime takes the table only where it does not rotate cached keys itself.
-    table = relax.prim_value(0) if window else relax.const(inv_freq, "float32")
+    table_values = inv_freq if len(inv_freq) else np.zeros(1, np.float32)
+    table = relax.prim_value(0) if window else relax.const(table_values, "float32")
     args = [
         relax.ShapeExpr(
             [max_batch_size, max_total_seq_len, prefill_chunk_size, PAGE_SIZE, int(window)]

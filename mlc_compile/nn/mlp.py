@@ -1,15 +1,11 @@
-"""The gated feed-forward block, the one module of `models.spec.GatedMLP`."""
+"""Dense feed-forward blocks, the modules of `models.options.GatedMLP` and `MLP`."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 from tvm.relax.frontend import nn
 from tvm.relax.frontend.nn import Tensor, op
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": op.silu,
-}
+from mlc_compile.nn.activations import ACTIVATIONS
 
 
 class GatedMLP(nn.Module):
@@ -25,3 +21,16 @@ class GatedMLP(nn.Module):
         """x: [n, hidden] -> [n, hidden]."""
         gate, up = op.split(self.gate_up_proj(x), 2, axis=-1)  # [n, intermediate] each
         return self.down_proj(op.multiply(self.activation(gate), up))
+
+
+class MLP(nn.Module):
+    """down(act(up(x)))."""
+
+    def __init__(self, up_proj: nn.Module, down_proj: nn.Module, activation: str) -> None:
+        self.up_proj = up_proj
+        self.down_proj = down_proj
+        self.activation = ACTIVATIONS[activation]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [n, hidden] -> [n, hidden]."""
+        return self.down_proj(self.activation(self.up_proj(x)))

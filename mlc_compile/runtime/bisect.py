@@ -171,6 +171,7 @@ def bisect(
                     output,
                     opt=str(flags),
                     overrides={key: metadata[key] for key in COMPILE_KEYS},
+                    allow_experimental=True,  # it is compiled already
                 )
                 found = verify(model_dir, output, golden, **repeated).failures
             except MlcError as error:

@@ -81,7 +81,8 @@ class LibraryReport:
     def to_text(self) -> str:
         """The same for people."""
         meta, ours = self.metadata, self.ours
-        model = f"{meta['model_type']} {meta['quantization']} ({ours['architecture_label']})"
+        label = _label(ours.get("architecture") or {"label": ours["architecture_label"]})
+        model = f"{meta['model_type']} {meta['quantization']} ({label})"
         sizes = [f"{name} {meta[name]}" for name in _SIZES if meta.get(name, -1) != -1]
         functions = ours["functions"]
         rows = [
@@ -160,7 +161,7 @@ class ParamsReport:
         named = [f"{f['name']} {format_bytes(f['nbytes'])}" for f in manifest["files"]]
         rows = [
             ("kind", f"parameters, {format_bytes(self.nbytes)} in {len(named)} files"),
-            ("model", f"{arch.get('name')} ({arch.get('label')})"),
+            ("model", f"{arch.get('name')} ({_label(arch)})"),
             (
                 "scheme",
                 f"{scheme.get('name')} ({scheme.get('label')}), "
@@ -177,6 +178,12 @@ class ParamsReport:
         ]
         text = _table(self.path, rows)
         return text if self.integrity is None else f"{text}\n{self.integrity.to_text()}"
+
+
+def _label(architecture: Mapping[str, Any]) -> str:
+    """How far an architecture is proved, and by what where its name does not say it."""
+    evidence = architecture.get("evidence")
+    return f"{architecture.get('label')}" + (f": {evidence}" if evidence else "")
 
 
 def _registration(ours: Mapping[str, Any]) -> list[tuple[str, str]]:

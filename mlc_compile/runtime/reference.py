@@ -13,10 +13,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import importlib.util
+import inspect
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
@@ -25,14 +28,41 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlc_compile.errors import EnvironmentLacksError, InputError
-from mlc_compile.models.spec import GatedMLP, GroupedQuery, Model, ParamSpec, RMSNorm
+from mlc_compile.models.options import (
+    MLP,
+    Alibi,
+    GatedMLP,
+    HeadNorm,
+    LayerNorm,
+    Learned,
+    Norm,
+    SparseMLP,
+)
+from mlc_compile.models.params import ParamSpec
+from mlc_compile.models.spec import Model
 from mlc_compile.quantization.group import dequantize, narrow
 from mlc_compile.quantization.policy import is_quantized, stored_layout, stored_params
 from mlc_compile.quantization.scheme import QuantScheme
+from mlc_compile.rope import RopeConfig
+from mlc_compile.runtime.formulas import (
+    ACTIVATIONS,
+    Activation,
+    Float32,
+    Int64,
+    alibi,
+    alibi_slopes,
+    choose,
+    layer_norm,
+    rms_norm,
+    rotate,
+    rounded_alibi,
+    sigmoid,
+    soft_cap,
+)
 from mlc_compile.weights.checkpoint import Checkpoint
+from mlc_compile.weights.parts import published, read_parameter
 from mlc_compile.weights.tensor_cache import TensorCache, open_tensor_cache
 
-Float32: TypeAlias = NDArray[np.float32]
 Weights: TypeAlias = Mapping[str, Float32]
 """float32 weights by the name of their ParamSpec (q, k, v in one, gate and up in one)."""
 
@@ -46,6 +76,7 @@ The runtime numbers the tokens of a slid window anew before each call: sinks fir
 that are left, then those of the call. So a sink is seen as far away as if what has slid out before
 this call had never been, and the next call sees it at another distance."""
 
+_ROUTER_UNITS = 4
 _QUERY_BLOCK = 256  # bounds the score matrix of the numpy decoder
 
 
@@ -79,6 +110,9 @@ class Reference(Protocol):
     def greedy(self, prompt: Sequence[int], count: int) -> list[int]:
         """The `count` likeliest tokens one after the other."""
 
+    def reload(self) -> None:
+        """Takes the weights that it was made with once more, after they were changed in place."""
+
 
 def tokens_of(text: Sequence[int]) -> tuple[int, ...]:
     """The tokens of a text, without its cuts."""
@@ -102,28 +136,31 @@ def _stored(spec: ParamSpec, scheme: QuantScheme, cache: TensorCache) -> Float32
     tensors = [cache.tensor(stored.name) for stored in stored_params(spec, scheme)]
     if not is_quantized(spec, scheme):
         return np.array(tensors[0], np.float32)
-    words, scales = tensors
+    words, scales = (tensor.reshape(-1, tensor.shape[-1]) for tensor in tensors)
     layout = stored_layout(spec, scheme)
-    whole = dequantize(words, scales, scheme, spec.shape[1], layout=layout)
-    return whole.astype(np.float32, copy=False)
+    whole = dequantize(words, scales, scheme, spec.shape[-1], layout=layout)
+    return whole.astype(np.float32, copy=False).reshape(spec.shape)
 
 
 def checkpoint_weights(model: Model, checkpoint: Checkpoint) -> dict[str, Float32]:
     """The checkpoint's own weights."""
     return {
-        spec.name: np.concatenate(
-            [np.asarray(checkpoint.read(source), np.float32) for source in spec.sources]
-        )
+        spec.name: np.array(read_parameter(spec, checkpoint), np.float32)
         for spec in model.for_tensors(checkpoint.tensors).parameters()
     }
 
 
-def roughen(weights: Weights, unit: float, seed: int) -> None:
-    """Multiplies every weight, in place, by 1 + x with a random x in (-unit, unit)."""
+def roughen(weights: Weights, unit: float, seed: int, routers: Container[str] = ()) -> None:
+    """Multiplies every weight, in place, by 1 + x with a random x in (-unit, unit).
+
+    routers: names of weights that get `_ROUTER_UNITS` times as much. What a router reads has been
+    rounded many times, and where two experts are all but equal this decides which one is taken.
+    """
     rng = np.random.default_rng(seed)
-    for weight in weights.values():
+    for name, weight in weights.items():
+        most = np.float32(unit * (_ROUTER_UNITS if name in routers else 1))
         for row in weight if weight.ndim > 1 else weight[None]:
-            row *= 1 + np.float32(unit) * (2 * rng.random(row.shape, np.float32) - 1)
+            row *= 1 + most * (2 * rng.random(row.shape, np.float32) - 1)
 
 
 @dataclass(frozen=True)
@@ -170,10 +207,10 @@ def check_parameters(
     exact, worst, faults = 0, 0.0, []
     specs = model.for_tensors(checkpoint.tensors).parameters()
     for spec in specs:
-        parts = [checkpoint.read(source) for source in spec.sources]
-        original = np.concatenate(parts) if len(parts) > 1 else parts[0]
-        if original.shape != spec.shape:
-            faults.append(f"{spec.name}: shape {list(original.shape)} in {checkpoint.path}")
+        try:
+            original = read_parameter(spec, checkpoint)
+        except ValueError as error:
+            faults.append(f"{spec.name}: {error} in {checkpoint.path}")
             continue
         if not is_quantized(spec, scheme):
             (stored,) = stored_params(spec, scheme)
@@ -197,11 +234,12 @@ def _steps_apart(
 ) -> float:
     """The largest |stored - original| over its group's scale."""
     scales = np.asarray(cache.tensor(stored_params(spec, scheme)[1].name), np.float32)
+    scales = scales.reshape(-1, scales.shape[-1])
     if stored_layout(spec, scheme) == "KN":
         scales = scales.T
-    apart = np.abs(_stored(spec, scheme, cache) - original)
+    apart = np.abs(_stored(spec, scheme, cache) - original).reshape(-1, spec.shape[-1])
     apart -= scheme.max_int * _SMALLEST[scheme.model_dtype]
-    n, k = original.shape
+    n, k = apart.shape
     padded = np.zeros((n, scales.shape[1] * scheme.group_size), np.float32)
     padded[:, :k] = apart
     largest = padded.reshape(n, -1, scheme.group_size).max(axis=2)
@@ -214,10 +252,23 @@ def _steps_apart(
 # Our own decoder
 
 
-class NumpyReference:
-    """The Llama family in numpy, float32: RMSNorm, RoPE, grouped queries, gated MLP.
+@dataclass(frozen=True)
+class _Rows:
+    """Tokens that go through the stack together.
 
-    Serves every registered architecture; `supports` says so of one.
+    Attributes:
+        positions: [n], each token's in its text.
+        calls: [n], how many tokens there were before the call that each came with.
+    """
+
+    positions: Int64
+    calls: Int64
+
+
+class NumpyReference:
+    """Every architecture in numpy, float32, by the formulas of formulas.py.
+
+    Each option of `models/options.py` is read in one place here, and each number of `ModelConfig`.
     """
 
     name = "numpy, float32"
@@ -226,14 +277,11 @@ class NumpyReference:
         self.model = model
         self.weights = weights
         self.attention = attention
-        self.inv_freq, self.rope_factor = model.config.rope.table(attention.context)
+        ropes = {kind.rope for kind in model.config.layers if kind.rope is not None}
+        self._tables = {rope: rope.table(attention.context) for rope in ropes}
 
-    @staticmethod
-    def supports(model: Model) -> bool:
-        """Whether every part of the architecture is one that is built here."""
-        parts = (model.arch.attention, model.arch.mlp, model.arch.norm)
-        known = [type(part) for part in parts] == [GroupedQuery, GatedMLP, RMSNorm]
-        return known and model.config.rope.rotary_dim == model.config.head_dim
+    def reload(self) -> None:
+        """As Reference."""
 
     def logits(self, text: Sequence[int], positions: Sequence[int]) -> Float32:
         """As Reference."""
@@ -259,8 +307,117 @@ class NumpyReference:
             found += new
         return found
 
-    def visible(self, queries: NDArray[np.int64], keys: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """[n, m]: which key positions each query position attends."""
+    # -- the stack
+
+    def _hidden(self, tokens: Int64, past: list[tuple[Float32, Float32]], calls: Int64) -> Float32:
+        """[n, hidden] after the final norm.
+
+        past: each layer's keys (not rotated) and values; grows.
+        calls: how many tokens there were before the call that each token came with.
+        """
+        arch, c = self.model.arch, self.model.config
+        start = len(past[0][0]) if past else 0
+        at = _Rows(np.arange(start, start + len(tokens)), calls)
+        x = self.weights["model.embed_tokens.weight"][tokens] * np.float32(c.embedding_scale)
+        if isinstance(arch.positions, Learned):
+            table = self.weights["model.embed_positions.weight"]
+            x = x + table[at.positions + arch.positions.offset]
+        if arch.embed_norm:
+            x = self._norm(arch.norm, "model.embed_layernorm", x)
+        for i in range(c.num_hidden_layers):
+            x = self._layer(i, x, past, at)
+        return self._norm(arch.norm, "model.norm", x) if arch.final_norm else x
+
+    def _layer(self, i: int, x: Float32, past: list[tuple[Float32, Float32]], at: _Rows) -> Float32:
+        """x [n, hidden] -> [n, hidden] (`models.options.Block`)."""
+        block, scale = self.model.arch.block, np.float32(self.model.config.residual_scale)
+
+        def norm(name: str, x: Float32) -> Float32:
+            return self._norm(self.model.arch.norm, f"model.layers.{i}.{name}", x)
+
+        read = norm("input_layernorm", x) if block.input_norms else x
+        attended = self._attention(i, read, past, at)
+        if block.output_norms:
+            attended = norm("post_self_attn_layernorm", attended)
+        if not block.parallel:
+            x = read = x + attended * scale
+        if block.input_norms and not block.shared_norm:
+            read = norm("post_attention_layernorm", x)
+        given = self._feed_forward(i, read)
+        if block.output_norms:
+            given = norm("post_mlp_layernorm", given)
+        if block.parallel:
+            given = attended + given
+        return x + given * scale
+
+    def _head(self, hidden: Float32) -> Float32:
+        """[n, vocab]"""
+        c = self.model.config
+        name = "model.embed_tokens" if c.tie_word_embeddings else "lm_head"
+        return soft_cap(self._linear(name, hidden) * np.float32(c.logits_scale), c.logits_softcap)
+
+    def _linear(self, name: str, x: Float32) -> Float32:
+        y = x @ self.weights[f"{name}.weight"].T
+        bias = self.weights.get(f"{name}.bias")
+        return y if bias is None else y + bias
+
+    def _norm(self, option: Norm, name: str, x: Float32, shape: tuple[int, ...] = (-1,)) -> Float32:
+        """Over the last axis of x. shape: what weight and bias are seen as."""
+        given = (self.weights.get(f"{name}.{suffix}") for suffix in ("weight", "bias"))
+        weight, bias = (None if values is None else values.reshape(shape) for values in given)
+        norm = layer_norm if isinstance(option, LayerNorm) else rms_norm
+        return norm(x, weight, bias, self.model.config.norm_eps)
+
+    # -- attention
+
+    def _attention(
+        self, i: int, x: Float32, past: list[tuple[Float32, Float32]], at: _Rows
+    ) -> Float32:
+        """[n, hidden] -> [n, hidden]; `past` gets this layer's new keys and values."""
+        name = f"model.layers.{i}.self_attn"
+        q, k, v = self._project(name, x)
+        if i < len(past):
+            k, v = (np.concatenate(pair) for pair in zip(past[i], (k, v), strict=True))
+        past[i : i + 1] = [(k, v)]
+        return self._linear(f"{name}.o_proj", self._attend(i, q, k, v, at))
+
+    def _project(self, name: str, x: Float32) -> tuple[Float32, Float32, Float32]:
+        """q [n, query heads, d], k and v [n, kv heads, d]; nothing is rotated yet."""
+        c, option = self.model.config, self.model.arch.attention.qk_norm
+        heads = c.num_attention_heads + 2 * c.num_key_value_heads
+        qkv = self._linear(f"{name}.qkv_proj", x).reshape(len(x), heads, c.head_dim)
+        ends = [c.num_attention_heads, c.num_attention_heads + c.num_key_value_heads]
+        q, k, v = np.split(qkv, ends, axis=1)
+        if option is not None:
+            q = self._head_norm(option, f"{name}.q_norm", q)
+            k = self._head_norm(option, f"{name}.k_norm", k)
+        if c.clip_qkv is not None:
+            q, k, v = (np.clip(part, -c.clip_qkv, c.clip_qkv) for part in (q, k, v))
+        return q, k, v
+
+    def _head_norm(self, option: HeadNorm, name: str, x: Float32) -> Float32:
+        """x [n, heads, d]"""
+        n, heads, d = x.shape
+        if option.over == "projection":
+            return self._norm(option.norm, name, x.reshape(n, heads * d)).reshape(x.shape)
+        return self._norm(option.norm, name, x, (heads, d) if option.over == "each_head" else (d,))
+
+    def _rotate(self, x: Float32, positions: Int64, rope: RopeConfig | None) -> Float32:
+        """x [n, heads, d]; layers without `rope` do not rotate."""
+        return x if rope is None else rotate(x, positions, *self._tables[rope])
+
+    def _penalty(self, queries: Int64, keys: Int64) -> Float32 | None:
+        """[query heads, n or 1, m]: what is added to scores, or None."""
+        c, option = self.model.config, self.model.arch.positions
+        if not isinstance(option, Alibi):
+            return None
+        slopes = alibi_slopes(c.num_attention_heads)
+        if option.rounded:
+            return rounded_alibi(slopes, keys, c.score_scale)
+        return alibi(slopes, queries, keys)
+
+    def visible(self, queries: Int64, keys: Int64) -> NDArray[np.bool_]:
+        """[n, m]: which key positions each query position attends, as far as layers agree."""
         back = queries[:, None] - keys[None, :]
         mask = back >= 0
         if self.attention.window is not None:
@@ -268,88 +425,32 @@ class NumpyReference:
             mask &= near | (keys < self.attention.sink)[None, :]
         return mask
 
-    def _linear(self, name: str, x: Float32) -> Float32:
-        y = x @ self.weights[f"{name}.weight"].T
-        bias = self.weights.get(f"{name}.bias")
-        return y if bias is None else y + bias
-
-    def _norm(self, name: str, x: Float32) -> Float32:
-        mean = np.mean(np.square(x), axis=-1, keepdims=True, dtype=np.float32)
-        scale = 1 / np.sqrt(mean + np.float32(self.model.config.norm_eps))
-        return x * scale.astype(np.float32) * self.weights[f"{name}.weight"]
-
-    def _rotate(self, x: Float32, positions: NDArray[np.int64]) -> Float32:
-        """x [n, heads, d]; dimension i rotates with i + d / 2."""
-        angle = positions.astype(np.float32)[:, None, None] * self.inv_freq
-        cos = np.cos(angle) * np.float32(self.rope_factor)
-        sin = np.sin(angle) * np.float32(self.rope_factor)
-        a, b = np.split(x, 2, axis=-1)
-        return np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
-
-    def _hidden(
-        self,
-        tokens: NDArray[np.int64],
-        past: list[tuple[Float32, Float32]],
-        calls: NDArray[np.int64],
-    ) -> Float32:
-        """[n, hidden] after the final norm.
-
-        past: each layer's keys (not rotated) and values; grows.
-        calls: how many tokens there were before the call that each token came with.
-        """
-        start = len(past[0][0]) if past else 0
-        positions = np.arange(start, start + len(tokens))
-        x = self.weights["model.embed_tokens.weight"][tokens]
-        for i in range(self.model.config.num_hidden_layers):
-            layer = f"model.layers.{i}"
-            y = self._norm(f"{layer}.input_layernorm", x)
-            q, k, v = self._project(f"{layer}.self_attn", y)
-            if start:
-                k, v = (np.concatenate(pair) for pair in zip(past[i], (k, v), strict=True))
-            past[i : i + 1] = [(k, v)]
-            y = self._attend(self._rotate(q, positions), k, v, positions, calls)
-            x = x + self._linear(f"{layer}.self_attn.o_proj", y)
-            y = self._norm(f"{layer}.post_attention_layernorm", x)
-            gate, up = np.split(self._linear(f"{layer}.mlp.gate_up_proj", y), 2, axis=-1)
-            silu = gate / (1 + np.exp(-np.clip(gate, -80, None)))  # exp(80) is still finite
-            x = x + self._linear(f"{layer}.mlp.down_proj", silu * up)
-        return self._norm("model.norm", x)
-
-    def _project(self, name: str, x: Float32) -> tuple[Float32, Float32, Float32]:
-        """q [n, query heads, d], k and v [n, kv heads, d]."""
-        c = self.model.config
-        heads = c.num_attention_heads + 2 * c.num_key_value_heads
-        qkv = self._linear(f"{name}.qkv_proj", x).reshape(len(x), heads, c.head_dim)
-        ends = [c.num_attention_heads, c.num_attention_heads + c.num_key_value_heads]
-        q, k, v = np.split(qkv, ends, axis=1)
-        if self.model.arch.attention.qk_norm:
-            q, k = self._norm(f"{name}.q_norm", q), self._norm(f"{name}.k_norm", k)
-        return q, k, v
-
-    def _attend(
-        self,
-        q: Float32,
-        k: Float32,
-        v: Float32,
-        positions: NDArray[np.int64],
-        calls: NDArray[np.int64],
-    ) -> Float32:
-        """[n, query heads * d] of rotated queries and keys that are not rotated yet."""
+    def _attend(self, i: int, q: Float32, k: Float32, v: Float32, at: _Rows) -> Float32:
+        """[n, query heads * d] of queries and keys that are not rotated yet."""
+        c, kind = self.model.config, self.model.config.layers[i]
         n, heads, d = q.shape
         groups = k.shape[1]
         # One batch of matrices for each KV head: its query heads stand below one another.
-        q = q.reshape(n, groups, heads // groups, d).transpose(1, 2, 0, 3) * np.float32(d**-0.5)
+        q = self._rotate(q, at.positions, kind.rope) * np.float32(c.score_scale)
+        q = q.reshape(n, groups, heads // groups, d).transpose(1, 2, 0, 3)
         values = v.transpose(1, 0, 2)[:, None]
         everywhere = np.arange(len(k))
-        keys = self._rotate(k, everywhere)
+        keys = self._rotate(k, everywhere, kind.rope)
         out = np.empty((n, heads, d), np.float32)
-        for rows in self._blocks(calls):
+        for rows in self._blocks(at.calls):
             if self.attention.sink:
                 sinks = everywhere[: self.attention.sink]
-                keys[sinks] = self._rotate(k[sinks], sinks + self._gone(int(calls[rows.start])))
-            score = q[:, :, rows] @ keys.transpose(1, 2, 0)[:, None]
-            hidden = ~self.visible(positions[rows], everywhere)
-            np.copyto(score, np.float32(-np.inf), where=hidden)
+                moved = sinks + self._gone(int(at.calls[rows.start]))
+                keys[sinks] = self._rotate(k[sinks], moved, kind.rope)
+            here = at.positions[rows]
+            score = soft_cap(q[:, :, rows] @ keys.transpose(1, 2, 0)[:, None], c.attention_softcap)
+            penalty = self._penalty(here, everywhere)
+            if penalty is not None:
+                score += penalty.reshape(groups, heads // groups, -1, len(k))
+            seen = self.visible(here, everywhere)
+            if kind.window is not None:
+                seen &= here[:, None] - everywhere[None, :] < kind.window
+            np.copyto(score, np.float32(-np.inf), where=~seen)
             score -= score.max(axis=-1, keepdims=True)
             np.exp(score, out=score)
             score /= score.sum(axis=-1, keepdims=True)
@@ -360,7 +461,7 @@ class NumpyReference:
         """How many tokens have slid out when a call begins with `before` tokens."""
         return max(before - (self.attention.window or before), 0)
 
-    def _blocks(self, calls: NDArray[np.int64]) -> Iterator[slice]:
+    def _blocks(self, calls: Int64) -> Iterator[slice]:
         """Rows worked on at once; with sinks, of one call."""
         starts = [0]
         if self.attention.sink:
@@ -369,9 +470,47 @@ class NumpyReference:
             for first in range(start, end, _QUERY_BLOCK):
                 yield slice(first, min(end, first + _QUERY_BLOCK))
 
-    def _head(self, hidden: Float32) -> Float32:
-        name = "model.embed_tokens" if self.model.config.tie_word_embeddings else "lm_head"
-        return hidden @ self.weights[f"{name}.weight"].T
+    # -- feed-forward
+
+    def _feed_forward(self, i: int, x: Float32) -> Float32:
+        """[n, hidden] -> [n, hidden]"""
+        option = self.model.arch.feed_forward(self.model.config.layers[i].sparse)
+        name, activation = f"model.layers.{i}.mlp", ACTIVATIONS[option.activation]
+        if isinstance(option, MLP):
+            inner = activation(self._linear(f"{name}.up_proj", x))
+            return self._linear(f"{name}.down_proj", inner)
+        if isinstance(option, GatedMLP):
+            return self._gated(name, x, activation)
+        return self._sparse(option, name, x, activation)
+
+    def _gated(self, name: str, x: Float32, activation: Activation) -> Float32:
+        gate, up = np.split(self._linear(f"{name}.gate_up_proj", x), 2, axis=-1)
+        return self._linear(f"{name}.down_proj", activation(gate) * up)
+
+    def _sparse(self, option: SparseMLP, name: str, x: Float32, activation: Activation) -> Float32:
+        numbers = self.model.config.experts
+        assert numbers is not None
+        experts, weights = choose(
+            self._linear(f"{name}.gate", x),
+            numbers.per_token,
+            score=option.score,
+            renormalize=option.renormalize is True,
+            scale=numbers.scale,
+        )
+        y = np.zeros_like(x)
+        for e in np.unique(experts):
+            tokens, slots = np.nonzero(experts == e)
+            gate_up = self.weights[f"{name}.experts.gate_up_proj.weight"][e]
+            down = self.weights[f"{name}.experts.down_proj.weight"][e]
+            gate, up = np.split(x[tokens] @ gate_up.T, 2, axis=-1)
+            given = (activation(gate) * up) @ down.T
+            y[tokens] += weights[tokens, slots][:, None] * given
+        if numbers.shared_intermediate_size:
+            shared = self._gated(f"{name}.shared_expert", x, activation)
+            if option.shared == "gated":
+                shared = shared * sigmoid(self._linear(f"{name}.shared_expert_gate", x))
+            y = y + shared
+        return y
 
 
 # ---------------------------------------------------------------------------------------------
@@ -406,7 +545,7 @@ class TransformersReference:
                 f"the reference needs {' and '.join(missing)}, not installed here", hint=REMEDY
             )
         import torch
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
         self._torch = torch
         version = importlib.metadata.version
@@ -418,74 +557,116 @@ class TransformersReference:
             keys["sliding_window"] = attention.window
         try:
             config = AutoConfig.for_model(model.arch.name, **keys)
-            self._model = AutoModelForCausalLM.from_config(
-                config, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False
-            ).eval()
+            kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+            self._load(kind, config, model, weights, where)
         except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
             raise InputError(f"{where}: transformers cannot build this model: {error}") from error
-        self._load(model, weights, where)
-        if model.config.rope.depends_on_window:
-            self._fix_rope(config, attention.context)
+        context = attention.context if model.config.rope.depends_on_window else None
+        if context is not None:
+            self._fix_rope(config, context)
+        self._again = (kind, config, model, weights, where), context
 
-    def _load(self, model: Model, weights: Weights, where: str) -> None:
-        state = self._model.state_dict()
-        loaded = {
-            name: self._torch.from_numpy(part)
-            for name, part in _split(model, weights, {n: t.shape[0] for n, t in state.items()})
-        }
-        tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
-        differ = sorted((state.keys() - tied) ^ loaded.keys())
-        differ += sorted(n for n, t in loaded.items() if n in state and state[n].shape != t.shape)
+    def reload(self) -> None:
+        """As Reference."""
+        (kind, config, model, weights, where), context = self._again
+        del self._model  # a large model fits once
+        self._load(kind, config, model, weights, where)
+        if context is not None:
+            self._fix_rope(config, context)
+
+    def _load(self, kind: Any, config: Any, model: Model, weights: Weights, where: str) -> None:
+        """Gives the class the checkpoint's tensors; it renames and joins them as it would those of
+        a file."""
+        torch = self._torch
+        with torch.device("meta"):
+            shapes = {name: tensor.shape for name, tensor in kind(config).state_dict().items()}
+        state = {}
+        for name, tensor in published(model.for_tensors(shapes).parameters(), weights):
+            shape = shapes.get(name, tensor.shape)
+            one_axis = tensor.ndim == 1 and math.prod(shape) == len(tensor)
+            state[name] = torch.from_numpy(tensor.reshape(shape) if one_axis else tensor)
+        # Fused attention has no caps on scores, and would leave them out without a word.
+        capped = model.config.attention_softcap is not None
+        with quiet_transformers():
+            self._model, report = kind.from_pretrained(
+                None,
+                config=config,
+                state_dict=state,
+                dtype=torch.float32,
+                attn_implementation="eager" if capped or not kind._supports_sdpa else "sdpa",
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
+        self._model.eval()
+        differ = sorted({*report["missing_keys"], *report["unexpected_keys"]})
+        differ += sorted(name for name, *_ in report["mismatched_keys"])
         if differ:
             raise InputError(
-                f"{where}: transformers' {type(self._model).__name__} and the parameter files "
-                f"differ in {len(differ)} tensors, first {differ[0]}"
+                f"{where}: transformers' {kind.__name__} and the parameter files differ in "
+                f"{len(differ)} tensors, first {differ[0]}"
             )
-        self._model.load_state_dict(loaded, strict=False, assign=True)
-        self._model.tie_weights()
 
     def _fix_rope(self, config: Any, context: int) -> None:
         """Frequencies as for a text of `context` tokens, at every length, as a library has them."""
         from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-        rotary = self._model.model.rotary_emb
-        compute = ROPE_INIT_FUNCTIONS[rotary.rope_type]
-        rotary.inv_freq, rotary.attention_scaling = compute(config, "cpu", seq_len=context)
-        rotary.rope_type = "default"  # the others are computed anew at every call
+        for rotary in self._model.modules():
+            if isinstance(getattr(rotary, "rope_type", None), str):
+                compute = ROPE_INIT_FUNCTIONS[rotary.rope_type]
+                rotary.inv_freq, rotary.attention_scaling = compute(config, "cpu", seq_len=context)
+                rotary.rope_type = "default"  # the others are computed anew at every call
 
     def logits(self, text: Sequence[int], positions: Sequence[int]) -> Float32:
         """As Reference."""
         torch = self._torch
         ids, keep = torch.tensor([tokens_of(text)]), torch.tensor(list(positions))
-        with torch.inference_mode():
-            out = self._model(input_ids=ids, use_cache=False, logits_to_keep=keep).logits
-        result: Float32 = out[0].float().numpy()
+        result: Float32 = self._run(keep, input_ids=ids, use_cache=False).logits[0].float().numpy()
         return result
+
+    def _run(self, keep: Any, **inputs: Any) -> Any:
+        """The class's output with the logits of some positions; not every class picks by itself."""
+        with self._torch.inference_mode():
+            if "logits_to_keep" in inspect.signature(self._model.forward).parameters:
+                return self._model(**inputs, logits_to_keep=keep)
+            out = self._model(**inputs)
+            out.logits = out.logits[:, keep]
+            return out
 
     def greedy(self, prompt: Sequence[int], count: int) -> list[int]:
         """As Reference."""
         torch = self._torch
         new, past, found = torch.tensor([list(prompt)]), None, []
-        with torch.inference_mode():
-            for _ in range(count):
-                out = self._model(
-                    input_ids=new, past_key_values=past, use_cache=True, logits_to_keep=1
-                )
-                past, new = out.past_key_values, out.logits[:, -1:].argmax(-1)
-                found.append(int(new))
+        for _ in range(count):
+            last = torch.tensor([new.shape[1] - 1])
+            out = self._run(last, input_ids=new, past_key_values=past, use_cache=True)
+            past, new = out.past_key_values, out.logits.argmax(-1)
+            found.append(int(new))
         return found
 
 
-def _split(
-    model: Model, weights: Weights, rows: Mapping[str, int]
-) -> Iterator[tuple[str, Float32]]:
-    """The checkpoint's tensors out of ours; `rows` has the extent of axis 0 of each."""
-    for spec in model.parameters():
-        start = 0
-        for source in spec.sources:
-            end = start + rows.get(source, spec.shape[0])
-            yield source, weights[spec.name][start:end]
-            start = end
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Without progress bars and reports on stderr; what matters in them becomes an error."""
+    from transformers.utils import logging
+
+    bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _class_lacks(model: Model) -> str:
+    """What keeps transformers from running an architecture, in words; "" if nothing does."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    name = model.arch.name
+    known = name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    return "" if known else f"transformers has no class for {name}"
 
 
 def make_reference(
@@ -510,11 +691,14 @@ def make_reference(
             f"unknown reference engine {engine!r}", hint=f"one of {', '.join(ENGINES)}"
         )
     missing = transformers_missing()
+    lacks = "" if missing else _class_lacks(model)
     own = model.config.sliding_window
     same = attention.window == own or (attention.window is None and attention.context <= (own or 0))
     # Hugging Face classes know a shorter window where they know one at all.
     same = (same or (own is not None and attention.window is not None)) and not attention.sink
-    if engine == "transformers" or (engine == "auto" and same and not missing):
+    if engine == "transformers" or (engine == "auto" and same and not (lacks or missing)):
+        if lacks:
+            raise InputError(f"{where}: {lacks}", hint="use --engine numpy")
         if not same:
             raise InputError(
                 f"{where}: transformers' {model.arch.name} has no window of {attention.window} "
@@ -522,14 +706,9 @@ def make_reference(
                 hint="use --engine numpy",
             )
         return TransformersReference(config_json, model, weights, attention, where=where), ""
-    if not NumpyReference.supports(model):
-        raise EnvironmentLacksError(
-            f"the reference for {model.arch.name} needs transformers, not installed here",
-            hint="pip install 'mlc-compile[reference]'",
-        )
     why = ""
     if engine == "auto":
-        why = "its window or sinks are not the checkpoint's"
-        if same:
+        why = lacks or "its window or sinks are not the checkpoint's"
+        if missing and same:
             why = f"{' and '.join(missing)} not installed"
     return NumpyReference(model, weights, attention), why

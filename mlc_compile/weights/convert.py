@@ -2,8 +2,9 @@
 
 - Everything that can be wrong is found before a weight is read: each parameter has its sources in
   the right shapes, each tensor of the checkpoint has a use, the output is free and fits the disk.
-- The pass works in blocks of rows: read, concatenate, narrow, pack, append. Memory stays at a few
-  blocks per worker thread (in layout "KN" plus one packed tensor), whatever the model's size.
+- The pass works in blocks of rows: read, rearrange (parts.py), narrow, pack, append. Memory stays
+  at a few blocks per worker thread, plus one tensor of scales (in layout "KN" one packed tensor),
+  whatever the model's size.
 - Threads work on different blocks and blocks are written in order, so any number of them gives the
   same bytes.
 - The result appears at once, manifest.json last (publish.py); other files of the output directory,
@@ -41,7 +42,9 @@ from mlc_compile.manifest import (
     model_manifest,
     read_manifest,
 )
-from mlc_compile.models.spec import Model, ParamSpec
+from mlc_compile.models.params import ParamSpec
+from mlc_compile.models.spec import Model
+from mlc_compile.models.structure import TensorMatch, match_tensors, shown
 from mlc_compile.quantization.group import narrow, quantize
 from mlc_compile.quantization.policy import (
     StoredParam,
@@ -51,6 +54,7 @@ from mlc_compile.quantization.policy import (
 )
 from mlc_compile.quantization.scheme import QuantScheme, numpy_dtype
 from mlc_compile.weights.checkpoint import Checkpoint
+from mlc_compile.weights.parts import Part, parts_in
 from mlc_compile.weights.publish import owned_files, staged
 from mlc_compile.weights.tensor_cache import (
     TENSOR_CACHE,
@@ -122,6 +126,7 @@ class ConversionPlan:
         """JSON-ready data."""
         return {
             "architecture": self.model.arch.name,
+            "architecture_label": self.model.label,
             "quantization": self.scheme.name,
             "parameters": self.source_elements,
             "tensors": len(self.stored),
@@ -134,7 +139,7 @@ class ConversionPlan:
     def to_text(self) -> str:
         """The same for people."""
         lines = [
-            f"architecture  {self.model.arch.name} ({self.model.arch.label})",
+            f"architecture  {self.model.arch.name} ({self.model.label})",
             f"quantisation  {self.scheme.name} ({self.scheme.label})",
             f"parameters    {self.source_elements / 1e6:.1f} M in {len(self.stored)} tensors",
             f"output        {self.total_bytes / 1e6:.1f} MB in {len(self.shards)} shards, "
@@ -176,60 +181,49 @@ def plan_conversion(checkpoint: Checkpoint, model: Model, scheme: QuantScheme) -
     Raises InputError for a missing, unused or misshapen tensor or one that holds no plain floating
     numbers, with the names and the likely cause.
     """
-    tensors = checkpoint.tensors
-    model = model.for_tensors(tensors)
-    specs = model.parameters()
-    sources = [source for spec in specs for source in spec.sources]
-    missing = [source for source in sources if source not in tensors]
-    used = set(sources)
-    patterns = model.ignorable_tensors()
-    unused: list[str] = []
-    ignored: list[str] = []
-    for name in tensors:
-        if name not in used:
-            harmless = any(pattern.fullmatch(name) for pattern in patterns)
-            (ignored if harmless else unused).append(name)
-    if missing or unused:
+    match = match_tensors(model, {name: t.shape for name, t in checkpoint.tensors.items()})
+    model = match.model
+    if match.missing or match.unused:
         problems = [
             f"{len(names)} {kind} ({_listed(names)})"
-            for kind, names in (("missing", missing), ("unused", unused))
+            for kind, names in (("missing", match.missing), ("unused", match.unused))
             if names
         ]
         raise InputError(
             f"{checkpoint.path}: the tensors do not fit {model.arch.name} with its config.json: "
             + " and ".join(problems),
-            hint=_likely_cause(model, missing, unused),
+            hint=_likely_cause(model, match.missing, match.unused),
         )
-    for spec in specs:
-        _check_sources(spec, checkpoint, model)
-    return ConversionPlan(
-        model,
-        scheme,
-        tuple(ParamPlan(spec, stored_params(spec, scheme)) for spec in specs),
-        tuple(sorted(ignored)),
-    )
-
-
-def _check_sources(spec: ParamSpec, checkpoint: Checkpoint, model: Model) -> None:
-    infos = [checkpoint.tensors[source] for source in spec.sources]
-    shapes = [info.shape for info in infos]
-    rows = sum(shape[0] if shape else 0 for shape in shapes)
-    if rows != spec.shape[0] or any(shape[1:] != spec.shape[1:] for shape in shapes):
-        found = " + ".join(str(list(shape)) for shape in shapes)
-        hint = "config.json belongs to another checkpoint, or this one is damaged"
-        if spec.role in ("embedding", "lm_head") and shapes[0][1:] == spec.shape[1:]:
-            hint = f"config.json says vocab_size = {model.config.vocab_size}, the tensor has {rows}"
-        raise InputError(
-            f"{checkpoint.path}: {', '.join(spec.sources)}: shape {found}, "
-            f"config.json makes {list(spec.shape)}",
-            hint=hint,
-        )
-    for info in infos:
+    if match.misshapen:
+        raise _misshapen(match, checkpoint)
+    specs = model.parameters()
+    for info in (checkpoint.tensors[name] for spec in specs for name in spec.sources):
         if info.dtype.startswith(("int", "uint", "bool", "float8")):
             raise InputError(
                 f"{checkpoint.path}: {info.name}: holds {info.dtype}, not plain floating numbers",
                 hint="the checkpoint is quantised already; convert from the unquantised one",
             )
+    return ConversionPlan(
+        model,
+        scheme,
+        tuple(ParamPlan(spec, stored_params(spec, scheme)) for spec in specs),
+        match.ignored,
+    )
+
+
+def _misshapen(match: TensorMatch, checkpoint: Checkpoint) -> InputError:
+    """The error for the first parameter whose tensors have other shapes."""
+    first = match.misshapen[0]
+    wrong = [other.name for other in match.misshapen if other.spec is first.spec]
+    hint = "config.json belongs to another checkpoint, or this one is damaged"
+    if first.spec.role in ("embedding", "lm_head") and first.found[1:] == first.spec.shape[1:]:
+        vocab, rows = match.model.config.vocab_size, first.found[0]
+        hint = f"config.json says vocab_size = {vocab}, the tensor has {rows}"
+    return InputError(
+        f"{checkpoint.path}: {_listed(wrong)}: shape {list(first.found)}, "
+        f"config.json makes {list(first.expected)}",
+        hint=hint,
+    )
 
 
 _QUANTISED = re.compile(
@@ -237,6 +231,8 @@ _QUANTISED = re.compile(
     r"weight_packed|blocks)|.*quant_state.*"
 )
 _LAYER = re.compile(r"(?:.*\.)?(?:layers|h|blocks)\.(\d+)\..*")
+_NORM = re.compile(r"norm|\bln_")
+_EXPERT = re.compile(r".*\.experts\.(\d+)\..*")
 
 
 def _likely_cause(model: Model, missing: Sequence[str], unused: Sequence[str]) -> str:
@@ -247,8 +243,12 @@ def _likely_cause(model: Model, missing: Sequence[str], unused: Sequence[str]) -
         return "the checkpoint is quantised already; convert from the unquantised one"
     if any("lora_" in name for name in unused):
         return "these are adapters; merge them into the base model first"
-    if any(".experts." in name for name in unused):
+    experts = [int(found[1]) for name in unused if (found := _EXPERT.fullmatch(name))]
+    if experts and config.experts is None:
         return f"this is a mixture of experts, which {model.arch.name} is not; check model_type"
+    if experts and config.experts is not None and min(experts) >= config.experts.count:
+        count = config.experts.count
+        return f"config.json says {count} experts in a layer, expert {max(experts)} is there"
     if head in missing:
         return f"without {head}, config.json should say tie_word_embeddings: true"
     expected = config.num_hidden_layers
@@ -266,15 +266,13 @@ def _likely_cause(model: Model, missing: Sequence[str], unused: Sequence[str]) -
             )
     if unused and not missing and all(name.endswith(".bias") for name in unused):
         return "config.json has no biases (attention_bias, mlp_bias), or model_type is wrong"
-    if unused and not missing and all("_norm." in name for name in unused):
+    if unused and not missing and all(_NORM.search(name) for name in unused):
         return "these norms belong to another model_type"
     return "model_type or config.json does not belong to these weights"
 
 
 def _listed(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:_NAMES_SHOWN])
-    more = len(names) - _NAMES_SHOWN
-    return f"{shown} and {more} more" if more > 0 else shown
+    return shown(names, _NAMES_SHOWN)
 
 
 def convert_weight(
@@ -410,10 +408,10 @@ def _hash_sources(checkpoint: Checkpoint) -> list[WrittenFile]:
 
 @dataclass(frozen=True)
 class _Block:
-    """Some rows of one source tensor of a parameter."""
+    """Some rows of one part of a parameter."""
 
     param: ParamPlan
-    source: str
+    part: Part
     rows: slice
 
 
@@ -426,19 +424,20 @@ def _row_blocks(shape: tuple[int, ...]) -> Iterator[slice]:
 
 def _blocks(plan: ConversionPlan, checkpoint: Checkpoint) -> Iterator[_Block]:
     for param in plan.params:
-        for source in param.spec.sources:
-            for rows in _row_blocks(checkpoint.tensors[source].shape):
-                yield _Block(param, source, rows)
+        shapes = {name: checkpoint.tensors[name].shape for name in param.spec.sources}
+        for part in parts_in(param.spec, shapes):
+            for rows in part.blocks(_BLOCK_ELEMENTS):
+                yield _Block(param, part, rows)
 
 
 def _convert_block(
     checkpoint: Checkpoint, scheme: QuantScheme, block: _Block
 ) -> tuple[_Block, tuple[Array, ...]]:
     """Reads and packs one block; the arrays go with `block.param.stored`, in layout "NK"."""
-    weight = checkpoint.read(block.source, block.rows)
+    weight, name = block.part.read(checkpoint, block.rows), block.part.source.name
     if is_quantized(block.param.spec, scheme):
-        return block, quantize(weight, scheme, layout="NK", name=block.source)
-    return block, (narrow(weight, scheme.model_dtype, name=block.source),)
+        return block, quantize(weight, scheme, layout="NK", name=name)
+    return block, (narrow(weight, scheme.model_dtype, name=name),)
 
 
 def _write_params(
@@ -461,7 +460,7 @@ def _write_params(
         if held.complete:
             held.flush(writer)
             held = None
-        unreleased += math.prod((block.rows.stop - block.rows.start, *block.param.spec.shape[1:]))
+        unreleased += block.part.touched(block.rows)
         if unreleased >= _RELEASE_ELEMENTS:
             checkpoint.release()
             unreleased = 0
@@ -473,7 +472,6 @@ class _Held:
     """The blocks of one parameter: rows go straight to the file, the rest waits for the last."""
 
     def __init__(self, param: ParamPlan, layout: str) -> None:
-        self._param = param
         self._rows = 0
         streamed = layout == "NK" or len(param.stored) == 1
         waiting = param.stored[1:] if streamed else param.stored
@@ -481,11 +479,12 @@ class _Held:
         # Blocks are [rows, x]; a "KN" tensor takes them as columns.
         self._axis = 0 if streamed else 1
         self._buffers = [(stored, _empty(stored)) for stored in waiting]
+        self._num_rows = param.spec.num_rows
 
     @property
     def complete(self) -> bool:
         """Whether every row has come."""
-        return self._rows == self._param.spec.shape[0]
+        return self._rows == self._num_rows
 
     def add(self, arrays: tuple[Array, ...], writer: TensorCacheWriter) -> None:
         """The arrays of the next rows."""
@@ -507,7 +506,9 @@ class _Held:
 
 
 def _empty(stored: StoredParam) -> Array:
-    return np.empty(stored.shape, numpy_dtype(stored.dtype))
+    """A matrix for the tensor; experts stand below one another."""
+    shape = (-1, stored.shape[-1]) if len(stored.shape) == 3 else stored.shape
+    return np.empty(stored.shape, numpy_dtype(stored.dtype)).reshape(shape)
 
 
 def _in_order(

@@ -285,6 +285,7 @@ class GgufArchitecture:
 
     `interleaved_rope`: llama.cpp stores the rows of q and k of these models permuted, so that
     the two halves which RoPE rotates lie next to each other.
+    `windowed`: model type and class of those with a window, which llama.cpp keeps under one name.
     """
 
     model_type: str
@@ -292,12 +293,17 @@ class GgufArchitecture:
     interleaved_rope: bool = False
     qk_norm: bool = False
     optional_biases: bool = False
+    windowed: tuple[str, str] | None = None
 
 
 ARCHITECTURES: Mapping[str, GgufArchitecture] = MappingProxyType(
     {
         "llama": GgufArchitecture(
-            "llama", "LlamaForCausalLM", interleaved_rope=True, optional_biases=True
+            "llama",
+            "LlamaForCausalLM",
+            interleaved_rope=True,
+            optional_biases=True,
+            windowed=("mistral", "MistralForCausalLM"),
         ),
         "qwen2": GgufArchitecture("qwen2", "Qwen2ForCausalLM"),
         "qwen3": GgufArchitecture("qwen3", "Qwen3ForCausalLM", qk_norm=True),
@@ -543,16 +549,14 @@ def build_config(container: GgufFile, architecture: GgufArchitecture) -> dict[st
     config["rope_scaling"] = _rope_scaling(container, keys, config)
     window = keys.optional("attention.sliding_window")
     if window:
-        # llama.cpp keeps Mistral under "llama"; the window is what tells them apart.
-        if architecture.model_type != "llama" or type(window) is not int:
+        if architecture.windowed is None or type(window) is not int:
             raise keys.unsupported("attention.sliding_window", window)
-        config.update(
-            architectures=["MistralForCausalLM"], model_type="mistral", sliding_window=window
-        )
+        model_type, hf_class = architecture.windowed
+        config.update(architectures=[hf_class], model_type=model_type, sliding_window=window)
     keys.finish()
 
     config["tie_word_embeddings"] = "output.weight" not in tensors
-    if architecture.optional_biases and config["model_type"] == "llama":
+    if architecture.optional_biases and not window:
         config["attention_bias"] = any(".attn_q.bias" in name for name in tensors)
         config["mlp_bias"] = any(".ffn_gate.bias" in name for name in tensors)
     if architecture.qk_norm:

@@ -12,7 +12,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 from tvm import tirx
@@ -48,42 +49,50 @@ def blocking(n: int, vector_bits: int) -> Blocking:
     return Blocking(rows, min(vectors, n // lanes), lanes)
 
 
-def _pack_panel(
-    x: Buffer, panels: Buffer, panel: Expr, n: Expr, k: int, padded: int, rows: int, lanes: int
+WithRow = Callable[[Expr, Callable[[Expr], None]], None]
+"""Emits a use of the r-th row of a panel, given its number, if there is such a row."""
+
+
+def pack_panel(
+    x: Buffer,
+    panels: Buffer,
+    panel: Expr,
+    with_row: WithRow,
+    k: int,
+    padded: int,
+    rows: int,
+    lanes: int,
 ) -> None:
-    """x[panel * rows :, :] as float32 [K / STEP][rows][STEP]; missing rows are not written."""
+    """The panel's rows of x as float32 [K / STEP][rows][STEP]; missing rows are not written."""
     base = vec.bind(panel * vec.i64(padded * rows))
 
     def put(at: Expr, r: Expr, value: Expr, width: int, lane: int = 0) -> None:
         step = base + at * vec.i64(rows)
         vec.store(panels, [step + r * vec.i64(STEP) + vec.i64(lane)], value, width)
 
-    with vec.serial(rows) as r:
-        row = vec.bind(panel * vec.i64(rows) + r)
-        with T.If(row < n), T.Then():
-            if k >= lanes:
-                with vec.serial(k // lanes) as i:
-                    at = vec.bind(i * vec.i64(lanes))
-                    value = vec.bind(vec.load_float(x, [row, at], lanes))
-                    for part in range(0, lanes, STEP):
-                        quarter = (
-                            value
-                            if lanes == STEP
-                            else vec.shuffle([value], range(part, part + STEP))
-                        )
-                        put(at + vec.i64(part), r, quarter, STEP)
-            for at in range(k - k % lanes, padded, STEP):
-                if at + STEP <= k:
-                    put(vec.i64(at), r, vec.load_float(x, [row, at], STEP), STEP)
-                    continue
-                put(vec.i64(at), r, vec.const(0.0, F32, STEP), STEP)
-                for i in range(at, k):
-                    value = vec.load_float(x, [row, i], 1)
-                    put(
-                        vec.i64(at), r * vec.i64(1) + vec.i64(0), value, 1
-                    ) if i == at else vec.store(
-                        panels, [base + vec.i64(at * rows + i - at) + r * vec.i64(STEP)], value, 1
+    def pack(r: Expr, row: Expr) -> None:
+        if k >= lanes:
+            with vec.serial(k // lanes) as i:
+                at = vec.bind(i * vec.i64(lanes))
+                value = vec.bind(vec.load_float(x, [row, at], lanes))
+                for part in range(0, lanes, STEP):
+                    quarter = (
+                        value if lanes == STEP else vec.shuffle([value], range(part, part + STEP))
                     )
+                    put(at + vec.i64(part), r, quarter, STEP)
+        for at in range(k - k % lanes, padded, STEP):
+            if at + STEP <= k:
+                put(vec.i64(at), r, vec.load_float(x, [row, at], STEP), STEP)
+                continue
+            put(vec.i64(at), r, vec.const(0.0, F32, STEP), STEP)
+            for i in range(at, k):
+                value = vec.load_float(x, [row, i], 1)
+                put(vec.i64(at), r * vec.i64(1) + vec.i64(0), value, 1) if i == at else vec.store(
+                    panels, [base + vec.i64(at * rows + i - at) + r * vec.i64(STEP)], value, 1
+                )
+
+    with vec.serial(rows) as r:
+        with_row(r, lambda row: pack(r, row))
 
 
 def _tile_packed_nk(
@@ -123,7 +132,7 @@ def _tile_packed_nk(
                     def word_of(w: Expr, at: Expr = at) -> Expr:
                         return vec.load(square, [at + w, 0], lanes)
 
-                    _emit_group(
+                    emit_group(
                         word_of,
                         scale,
                         tile,
@@ -134,7 +143,7 @@ def _tile_packed_nk(
         else:
             with vec.serial(words // per_group) as group:
                 word = vec.bind(group * vec.i64(per_group))
-                _emit_group(
+                emit_group(
                     lambda w: vec.load_rows(q_weight, first, word + w, lanes),
                     vec.load_float_rows(q_scale, first, group, lanes),
                     tile,
@@ -144,7 +153,7 @@ def _tile_packed_nk(
                 )
 
 
-def _emit_group(
+def emit_group(
     words: Callable[[Expr], Expr],
     scale: Expr,
     tile: Buffer,
@@ -181,7 +190,7 @@ def _tile_packed_kn(
         offset = vec.bind(v * vec.i64(lanes))
         first = vec.bind(column + offset)
         word = vec.bind(group * vec.i64(per_group))
-        _emit_group(
+        emit_group(
             lambda w: vec.load(q_weight, [word + w, first], lanes),
             vec.load_float(q_scale, [group, first], lanes),
             tile,
@@ -217,6 +226,94 @@ def _tile_plain_nk(
                 vec.store(tile, [i + vec.i64(k), offset], vec.const(0.0, F32, lanes), lanes)
 
 
+def padded_depth(k: int, scheme: QuantScheme | None) -> int:
+    """K in whole groups and steps."""
+    padded = k if scheme is None else scheme.num_words(k) * scheme.elems_per_word
+    return -(-padded // STEP) * STEP
+
+
+def x_lanes(vector_bits: int) -> int:
+    """Lanes in which `pack_panel` reads x."""
+    return max(STEP, vector_bits // 32)
+
+
+def fill_tile(
+    weight: tuple[Buffer, ...],
+    tile: Buffer,
+    column: Expr,
+    k: int,
+    padded: int,
+    scheme: QuantScheme | None,
+    block: Blocking,
+) -> None:
+    """The output columns `column`.. of the weight -> tile [padded, width] in float32."""
+    if scheme is None:
+        _tile_plain_nk(weight[0], tile, column, k, padded, block)
+    elif scheme.layout == "NK":
+        _tile_packed_nk(weight[0], weight[1], tile, column, k, scheme, block)
+    else:
+        _tile_packed_kn(weight[0], weight[1], tile, column, k, scheme, block)
+
+
+def multiply(
+    panels: Buffer,
+    tile: Buffer,
+    panel: Expr,
+    height: int,
+    with_row: WithRow,
+    *,
+    out: Buffer,
+    column: Expr,
+    bias: Buffer | None,
+    block: Blocking,
+    padded: int,
+) -> None:
+    """out[rows of a panel, column ..] = the panel's first `height` rows times the tile, + bias."""
+    lanes, rows = block.lanes, block.rows
+    sums = [vec.accumulators(block.vectors, lanes) for _ in range(height)]
+    for v in range(block.vectors):
+        first = vec.const(0.0, F32, lanes)
+        if bias is not None:
+            first = vec.bind(vec.load_float(bias, [column + vec.i64(v * lanes)], lanes))
+        for per_row in sums:
+            vec.put(per_row[v], first, lanes)
+    base = vec.bind(panel * vec.i64(padded * rows))
+    with vec.serial(padded // STEP) as step, vec.serial(STEP) as i:
+        depth = vec.bind(step * vec.i64(STEP) + i)
+        columns = [
+            vec.bind(vec.load(tile, [depth, v * lanes], lanes)) for v in range(block.vectors)
+        ]
+        start = vec.bind(base + step * vec.i64(STEP * rows) + i)
+        for r, per_row in enumerate(sums):
+            activation = vec.load(panels, [start + vec.i64(r * STEP)], 1)
+            activation = vec.bind(vec.splat(activation, lanes))
+            for total, value in zip(per_row, columns, strict=True):
+                vec.put(total, vec.get(total, lanes) + activation * value, lanes)
+
+    def put(row: Expr, totals: Sequence[Buffer]) -> None:
+        for v, total in enumerate(totals):
+            at = column + vec.i64(v * lanes)
+            vec.store_float(out, [row, at], vec.get(total, lanes), lanes)
+
+    for r, per_row in enumerate(sums):
+        with_row(vec.i64(r), partial(put, totals=per_row))
+
+
+def partial_heights(count: Expr, block: Blocking) -> tuple[Expr, Expr, list[tuple[int, Expr]]]:
+    """How `count` rows fall into panels: (panels to multiply whole, rows left, [(height, whether
+    those are for a block of this height)]): a last panel that is at most half full goes through a
+    smaller block."""
+    rows = block.rows
+    heights = (rows // 2, rows // 4)
+    full = vec.bind(tirx.floordiv(count + vec.i64(rows - 1 - heights[0]), vec.i64(rows)))
+    left = vec.bind(count - full * vec.i64(rows))
+    fits = [
+        (height, tirx.all(left > vec.i64(smaller), left <= vec.i64(height)))
+        for height, smaller in zip(heights, (heights[1], 0), strict=True)
+    ]
+    return full, left, fits
+
+
 def gemm(
     x: Buffer,
     weight: tuple[Buffer, ...],
@@ -232,51 +329,29 @@ def gemm(
     """x [n, K] times (q_weight, q_scale) or a plain [N, K] -> out [n, N]; shape is (N, K)."""
     n, k = shape
     block = blocking(n, vector_bits)
-    lanes, rows, width = block.lanes, block.rows, block.width
-    padded = k if scheme is None else scheme.num_words(k) * scheme.elems_per_word
-    padded = -(-padded // STEP) * STEP
-    x_lanes = max(STEP, vector_bits // 32)
+    rows, width, padded = block.rows, block.width, padded_depth(k, scheme)
 
     count = vec.bind(tirx.floordiv(n_rows + vec.i64(rows - 1), vec.i64(rows)))
     panels = vec.buffer((count * vec.i64(padded * rows),), F32)
+
+    def rows_of(panel: Expr) -> WithRow:
+        def with_row(r: Expr, use: Callable[[Expr], None]) -> None:
+            row = vec.bind(panel * vec.i64(rows) + r)
+            with T.If(row < n_rows), T.Then():
+                use(row)
+
+        return with_row
+
+    def pack(panel: Expr) -> None:
+        pack_panel(x, panels, panel, rows_of(panel), k, padded, rows, x_lanes(vector_bits))
+
     with T.If(count <= vec.i64(PANELS_ON_ONE_CORE)):
         with T.Then(), vec.serial(count) as panel:
-            _pack_panel(x, panels, panel, n_rows, k, padded, rows, x_lanes)
+            pack(panel)
         with T.Else(), vec.parallel(count) as panel:
-            _pack_panel(x, panels, panel, n_rows, k, padded, rows, x_lanes)
+            pack(panel)
 
-    def multiply(tile: Buffer, column: Expr, panel: Expr, height: int) -> None:
-        """The first `height` rows of a panel times the tile."""
-        sums = [vec.accumulators(block.vectors, lanes) for _ in range(height)]
-        for v in range(block.vectors):
-            first = vec.const(0.0, F32, lanes)
-            if bias is not None:
-                first = vec.bind(vec.load_float(bias, [column + vec.i64(v * lanes)], lanes))
-            for per_row in sums:
-                vec.put(per_row[v], first, lanes)
-        base = vec.bind(panel * vec.i64(padded * rows))
-        with vec.serial(padded // STEP) as step, vec.serial(STEP) as i:
-            depth = vec.bind(step * vec.i64(STEP) + i)
-            columns = [
-                vec.bind(vec.load(tile, [depth, v * lanes], lanes)) for v in range(block.vectors)
-            ]
-            start = vec.bind(base + step * vec.i64(STEP * rows) + i)
-            for r, per_row in enumerate(sums):
-                activation = vec.load(panels, [start + vec.i64(r * STEP)], 1)
-                activation = vec.bind(vec.splat(activation, lanes))
-                for total, value in zip(per_row, columns, strict=True):
-                    vec.put(total, vec.get(total, lanes) + activation * value, lanes)
-        for r, per_row in enumerate(sums):
-            row = vec.bind(panel * vec.i64(rows) + vec.i64(r))
-            with T.If(row < n_rows), T.Then():
-                for v, total in enumerate(per_row):
-                    at = column + vec.i64(v * lanes)
-                    vec.store_float(out, [row, at], vec.get(total, lanes), lanes)
-
-    # A last panel that is at most half full goes through a smaller block: `left` rows.
-    heights = (rows // 2, rows // 4)
-    full = vec.bind(tirx.floordiv(n_rows + vec.i64(rows - 1 - heights[0]), vec.i64(rows)))
-    left = vec.bind(n_rows - full * vec.i64(rows))
+    full, _, fits = partial_heights(n_rows, block)
 
     # Few tiles for many cores: also split the panels. Each part dequantises for itself.
     tiles = -(-n // width)
@@ -286,17 +361,18 @@ def gemm(
         part = vec.bind(tirx.floormod(task, vec.i64(parts)))
         begin = vec.bind(tirx.floordiv(count * part, vec.i64(parts)))
         end = vec.bind(tirx.floordiv(count * (part + vec.i64(1)), vec.i64(parts)))
+
+        def product(tile: Buffer, panel: Expr, height: int) -> None:
+            operands = {"out": out, "column": column, "bias": bias}
+            multiply(
+                panels, tile, panel, height, rows_of(panel), block=block, padded=padded, **operands
+            )
+
         with T.If(begin < end), T.Then():
             tile = vec.buffer((padded, width), F32)
-            if scheme is None:
-                _tile_plain_nk(weight[0], tile, column, k, padded, block)
-            elif scheme.layout == "NK":
-                _tile_packed_nk(weight[0], weight[1], tile, column, k, scheme, block)
-            else:
-                _tile_packed_kn(weight[0], weight[1], tile, column, k, scheme, block)
+            fill_tile(weight, tile, column, k, padded, scheme, block)
             with vec.serial(tirx.min(end, full) - begin) as i:
-                multiply(tile, column, begin + i, rows)
-            for height, smaller in zip(heights, (heights[1], 0), strict=True):
-                fits = tirx.all(left > vec.i64(smaller), left <= vec.i64(height))
-                with T.If(tirx.all(end > full, fits)), T.Then():
-                    multiply(tile, column, full, height)
+                product(tile, begin + i, rows)
+            for height, fit in fits:
+                with T.If(tirx.all(end > full, fit)), T.Then():
+                    product(tile, full, height)

@@ -34,47 +34,71 @@ def block_start(block: Expr, width: int, total: int) -> Expr:
     return start if total % width == 0 else vec.bind(tirx.min(start, vec.i64(total - width)))
 
 
-def _stage(x: Buffer, k: int, padded: int, lanes: int) -> Buffer:
-    """Row 0 of x as float32, padded with zeros."""
-    staged = vec.buffer((padded,), F32)
+def _after(base: Expr | None, index: Expr | int) -> Expr | int:
+    """`index`, counted from `base` if there is one."""
+    return index if base is None else base + (vec.i64(index) if isinstance(index, int) else index)
+
+
+def stage(
+    x: Buffer, row: Expr | int, k: int, padded: int, lanes: int, into: Buffer, base: Expr | None
+) -> None:
+    """A row of x as float32, padded with zeros, to `into` from `base` on (None: its begin)."""
     if k >= lanes:
         with vec.serial(k // lanes) as i:
             at = i * vec.i64(lanes)
-            vec.store(staged, [at], vec.load_float(x, [0, at], lanes), lanes)
+            vec.store(into, [_after(base, at)], vec.load_float(x, [row, at], lanes), lanes)
     for offset, width in vec.pieces(k, lanes):
-        vec.store(staged, [offset], vec.load_float(x, [0, offset], width), width)
+        vec.store(into, [_after(base, offset)], vec.load_float(x, [row, offset], width), width)
     if padded > k:
         with vec.serial(padded - k) as i:
-            vec.store(staged, [i + vec.i64(k)], vec.const(0.0, F32, 1), 1)
-    return staged
+            vec.store(into, [_after(base, i + vec.i64(k))], vec.const(0.0, F32, 1), 1)
 
 
-def _by_field(staged: Buffer, scheme: QuantScheme, words: int, lanes: int) -> Buffer:
-    """The staged activations in the order of `unpack_raw`.
+def slots(scheme: QuantScheme, words: int) -> int:
+    """Elements of a row that `by_field` has rearranged."""
+    return words * (scheme.elems_per_word + 1)
+
+
+def by_field(
+    staged: Buffer, scheme: QuantScheme, words: int, lanes: int, into: Buffer, base: Expr | None
+) -> None:
+    """The staged activations in the order of `unpack_raw`, to `into` from `base` on.
 
     For every vector of words: one vector per field, times 2^-position, then one of -M * sum(x).
     """
     per_word = scheme.elems_per_word
-    ordered = vec.buffer((words * (per_word + 1),), F32)
 
     def place(word: Expr, width: int) -> None:
         source = vec.bind(word * vec.i64(per_word))
-        target = vec.bind(word * vec.i64(per_word + 1))
+        target = vec.bind(_after(base, word * vec.i64(per_word + 1)))
         total = None
         for field in raw_fields(scheme.bits):
             at = source + vec.i64(field.element)
             value = vec.bind(vec.load(staged, [at], width, per_word))
             total = value if total is None else vec.bind(total + value)
             value = value * vec.const(field.descale, F32, width)
-            vec.store(ordered, [target + vec.i64(field.element * width)], value, width)
+            vec.store(into, [target + vec.i64(field.element * width)], value, width)
         total = total * vec.const(-float(scheme.max_int), F32, width)
-        vec.store(ordered, [target + vec.i64(per_word * width)], total, width)
+        vec.store(into, [target + vec.i64(per_word * width)], total, width)
 
     if words >= lanes:
         with vec.serial(words // lanes) as chunk:
             place(chunk * vec.i64(lanes), lanes)
     for offset, width in vec.pieces(words, lanes):
         place(vec.i64(offset), width)
+
+
+def _staged(x: Buffer, k: int, padded: int, lanes: int) -> Buffer:
+    """Row 0 of x; see `stage`."""
+    staged = vec.buffer((padded,), F32)
+    stage(x, 0, k, padded, lanes, staged, None)
+    return staged
+
+
+def _ordered(staged: Buffer, scheme: QuantScheme, words: int, lanes: int) -> Buffer:
+    """See `by_field`."""
+    ordered = vec.buffer((slots(scheme, words),), F32)
+    by_field(staged, scheme, words, lanes, ordered, None)
     return ordered
 
 
@@ -91,8 +115,15 @@ def _row_scales(q_scale: Buffer, row: Expr, word: Expr, scheme: QuantScheme, lan
     return vec.shuffle([scales], [lane // group for lane in range(lanes)])
 
 
-def _finish(sums: list[Expr], lanes: int, row: Expr, bias: Buffer | None, out: Buffer) -> None:
-    """Add up the lanes of each row's sum, add the bias, store to out[0, row:]."""
+def finish(
+    sums: list[Expr],
+    lanes: int,
+    row: Expr,
+    bias: Buffer | None,
+    out: Buffer,
+    out_row: Expr | int = 0,
+) -> None:
+    """Add up the lanes of each row's sum, add the bias, store to out[out_row, row:]."""
     if len(sums) == 4 and lanes >= 4:
         groups = [(0, 4, vec.horizontal_sums4(sums, lanes))]
     else:
@@ -101,7 +132,67 @@ def _finish(sums: list[Expr], lanes: int, row: Expr, bias: Buffer | None, out: B
         at = row + vec.i64(r)
         if bias is not None:
             value = value + vec.load_float(bias, [at], width)
-        vec.store_float(out, [0, at], value, width)
+        vec.store_float(out, [out_row, at], value, width)
+
+
+def packed_sums(
+    ordered: Buffer,
+    base: Expr | None,
+    q_weight: Buffer,
+    q_scale: Buffer,
+    row: Expr,
+    *,
+    rows: int,
+    words: int,
+    scheme: QuantScheme,
+    lanes: int,
+) -> list[Expr]:
+    """The products of `rows` weight rows from `row` on with what `by_field` put at `base` of
+    `ordered`: a vector for each, whose lanes are still to be added."""
+    per_word = scheme.elems_per_word
+    ahead = -(-AHEAD // (4 * words * rows)) * rows  # AHEAD in whole blocks of rows
+    sums = vec.accumulators(rows, lanes)
+    for r, total in enumerate(sums):
+        vec.put(total, vec.const(0.0, F32, lanes), lanes)
+        vec.prefetch(q_scale, [row + vec.i64(r + ahead), 0])
+
+    def add(word: Expr, width: int) -> None:
+        """`width` words of every row; narrow ones of several rows share a vector."""
+        for r in range(rows):
+            vec.prefetch(q_weight, [row + vec.i64(r + ahead), word])
+        share = lanes // width if rows % (lanes // width) == 0 else 1
+        full = width * share
+        batches = [range(r, r + share) for r in range(0, rows, share)]
+        first = vec.bind(_after(base, word * vec.i64(per_word + 1)))
+
+        def activations(slot: int) -> Expr:
+            value = vec.load(ordered, [first + vec.i64(slot * width)], width)
+            return vec.bind(vec.concat([value] * share, width))
+
+        streams = []
+        for batch in batches:
+            parts = [vec.load(q_weight, [row + vec.i64(r), word], width) for r in batch]
+            streams.append(unpack_raw(vec.concat(parts, width), scheme, full))
+        partial = [activations(per_word)] * len(batches)
+        for field in raw_fields(scheme.bits):
+            activation = activations(field.element)
+            partial = [
+                vec.bind(value + next(stream)[1] * activation)
+                for value, stream in zip(partial, streams, strict=True)
+            ]
+        for batch, value in zip(batches, partial, strict=True):
+            parts = [_row_scales(q_scale, row + vec.i64(r), word, scheme, width) for r in batch]
+            scaled = vec.bind(value * vec.concat(parts, width))
+            for i, r in enumerate(batch):
+                part = vec.widen(scaled, full, i * width, width, lanes)
+                vec.put(sums[r], vec.get(sums[r], lanes) + part, lanes)
+
+    if words >= lanes:
+        with vec.serial(words // lanes) as chunk:
+            add(chunk * vec.i64(lanes), lanes)
+    for offset, width in vec.pieces(words, lanes):
+        add(vec.i64(offset), width)
+    return [vec.get(total, lanes) for total in sums]
 
 
 def packed_nk(
@@ -119,56 +210,62 @@ def packed_nk(
     n, k = shape
     words = scheme.num_words(k)
     lanes = word_lanes(scheme, lanes)
-    per_word = scheme.elems_per_word
-    staged = _stage(x, k, words * per_word, lanes)
-    ordered = _by_field(staged, scheme, words, lanes)
+    staged = _staged(x, k, words * scheme.elems_per_word, lanes)
+    ordered = _ordered(staged, scheme, words, lanes)
     rows = min(ROWS, n)
-    ahead = -(-AHEAD // (4 * words * rows)) * rows  # AHEAD in whole blocks of rows
-
     with vec.parallel(-(-n // rows)) as block:
         row = block_start(block, rows, n)
-        sums = vec.accumulators(rows, lanes)
-        for r, total in enumerate(sums):
-            vec.put(total, vec.const(0.0, F32, lanes), lanes)
-            vec.prefetch(q_scale, [row + vec.i64(r + ahead), 0])
+        sums = packed_sums(
+            ordered,
+            None,
+            q_weight,
+            q_scale,
+            row,
+            rows=rows,
+            words=words,
+            scheme=scheme,
+            lanes=lanes,
+        )
+        finish(sums, lanes, row, bias, out)
 
-        def add(word: Expr, width: int) -> None:
-            """`width` words of every row; narrow ones of several rows share a vector."""
-            for r in range(rows):
-                vec.prefetch(q_weight, [row + vec.i64(r + ahead), word])
-            share = lanes // width if rows % (lanes // width) == 0 else 1
-            full = width * share
-            batches = [range(r, r + share) for r in range(0, rows, share)]
-            slots = vec.bind(word * vec.i64(per_word + 1))
 
-            def activations(slot: int) -> Expr:
-                value = vec.load(ordered, [slots + vec.i64(slot * width)], width)
-                return vec.bind(vec.concat([value] * share, width))
+def plain_sums(
+    staged: Buffer, base: Expr | None, weight: Buffer, row: Expr, *, rows: int, k: int, lanes: int
+) -> list[Expr]:
+    """As `packed_sums`, of a plain weight and what `stage` put at `base` of `staged`."""
+    depth = 2 if k >= 2 * lanes else 1  # vectors of one row per step, each with its own sum
+    bits = int(str(weight.dtype).removeprefix("b").removeprefix("float"))
+    ahead = -(-AHEAD * 8 // (bits * k * rows)) * rows
+    sums = [vec.accumulators(depth, lanes) for _ in range(rows)]
+    for total in (t for per_row in sums for t in per_row):
+        vec.put(total, vec.const(0.0, F32, lanes), lanes)
 
-            streams = []
-            for batch in batches:
-                parts = [vec.load(q_weight, [row + vec.i64(r), word], width) for r in batch]
-                streams.append(unpack_raw(vec.concat(parts, width), scheme, full))
-            partial = [activations(per_word)] * len(batches)
-            for field in raw_fields(scheme.bits):
-                activation = activations(field.element)
-                partial = [
-                    vec.bind(value + next(stream)[1] * activation)
-                    for value, stream in zip(partial, streams, strict=True)
-                ]
-            for batch, value in zip(batches, partial, strict=True):
-                parts = [_row_scales(q_scale, row + vec.i64(r), word, scheme, width) for r in batch]
-                scaled = vec.bind(value * vec.concat(parts, width))
-                for i, r in enumerate(batch):
-                    part = vec.widen(scaled, full, i * width, width, lanes)
-                    vec.put(sums[r], vec.get(sums[r], lanes) + part, lanes)
+    def add(at: Expr, width: int, part: int) -> None:
+        activation = vec.bind(vec.load(staged, [_after(base, at)], width))
+        for r, per_row in enumerate(sums):
+            if part * lanes * bits % 512 == 0:  # once per cache line
+                vec.prefetch(weight, [row + vec.i64(r + ahead), at])
+            term = vec.load_float(weight, [row + vec.i64(r), at], width) * activation
+            if width < lanes:
+                term = vec.widen(vec.bind(term), width, 0, width, lanes)
+            vec.put(per_row[part], vec.get(per_row[part], lanes) + term, lanes)
 
-        if words >= lanes:
-            with vec.serial(words // lanes) as chunk:
-                add(chunk * vec.i64(lanes), lanes)
-        for offset, width in vec.pieces(words, lanes):
-            add(vec.i64(offset), width)
-        _finish([vec.get(total, lanes) for total in sums], lanes, row, bias, out)
+    step = depth * lanes
+    if k >= step:
+        with vec.serial(k // step) as i:
+            for part in range(depth):
+                add(i * vec.i64(step) + vec.i64(part * lanes), lanes, part)
+    left = k - k % step
+    if k - left >= lanes:
+        add(vec.i64(left), lanes, 0)
+    for offset, width in vec.pieces(k, lanes):
+        add(vec.i64(offset), width, 0)
+    finals = [vec.get(per_row[0], lanes) for per_row in sums]
+    if depth == 2:
+        finals = [
+            first + vec.get(per_row[1], lanes) for first, per_row in zip(finals, sums, strict=True)
+        ]
+    return finals
 
 
 def plain_nk(
@@ -182,45 +279,12 @@ def plain_nk(
 ) -> None:
     """x [1, K], weight [N, K] -> out [1, N]; shape is (N, K)."""
     n, k = shape
-    staged = _stage(x, k, k, lanes)
+    staged = _staged(x, k, k, lanes)
     rows = min(ROWS, n)
-    depth = 2 if k >= 2 * lanes else 1  # vectors of one row per step, each with its own sum
-    bits = int(str(weight.dtype).removeprefix("b").removeprefix("float"))
-    ahead = -(-AHEAD * 8 // (bits * k * rows)) * rows
-
     with vec.parallel(-(-n // rows)) as block:
         row = block_start(block, rows, n)
-        sums = [vec.accumulators(depth, lanes) for _ in range(rows)]
-        for total in (t for per_row in sums for t in per_row):
-            vec.put(total, vec.const(0.0, F32, lanes), lanes)
-
-        def add(at: Expr, width: int, part: int) -> None:
-            activation = vec.bind(vec.load(staged, [at], width))
-            for r, per_row in enumerate(sums):
-                if part * lanes * bits % 512 == 0:  # once per cache line
-                    vec.prefetch(weight, [row + vec.i64(r + ahead), at])
-                term = vec.load_float(weight, [row + vec.i64(r), at], width) * activation
-                if width < lanes:
-                    term = vec.widen(vec.bind(term), width, 0, width, lanes)
-                vec.put(per_row[part], vec.get(per_row[part], lanes) + term, lanes)
-
-        step = depth * lanes
-        if k >= step:
-            with vec.serial(k // step) as i:
-                for part in range(depth):
-                    add(i * vec.i64(step) + vec.i64(part * lanes), lanes, part)
-        left = k - k % step
-        if k - left >= lanes:
-            add(vec.i64(left), lanes, 0)
-        for offset, width in vec.pieces(k, lanes):
-            add(vec.i64(offset), width, 0)
-        finals = [vec.get(per_row[0], lanes) for per_row in sums]
-        if depth == 2:
-            finals = [
-                first + vec.get(per_row[1], lanes)
-                for first, per_row in zip(finals, sums, strict=True)
-            ]
-        _finish(finals, lanes, row, bias, out)
+        sums = plain_sums(staged, None, weight, row, rows=rows, k=k, lanes=lanes)
+        finish(sums, lanes, row, bias, out)
 
 
 def packed_kn(
@@ -239,8 +303,8 @@ def packed_kn(
     n, k = shape
     words = scheme.num_words(k)
     per_word, per_group = scheme.elems_per_word, scheme.words_per_group
-    staged = _stage(x, k, words * per_word, lanes)
-    ordered = _by_field(staged, scheme, words, 1)
+    staged = _staged(x, k, words * per_word, lanes)
+    ordered = _ordered(staged, scheme, words, 1)
     lanes = min(lanes, vec.power_of_two(n))
     # Long runs along N suit the memory, but every core needs some blocks.
     vectors = 4

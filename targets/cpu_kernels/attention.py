@@ -11,6 +11,8 @@
   numbers them anew as the window slides. Differences of those numbers are true distances, and
   rotary attention depends on differences only. A cached key is stored rotated by its slot in the
   page; the kernels add the rotation of the page. The mask is exact: distance < window.
+- Windowed layers: a call with a negative `sm_scale` masks by position and starts at the first page
+  that one of its queries sees. Which layers those are is known only when called.
 - One parallel region in a call.
 """
 
@@ -31,6 +33,7 @@ from mlc_compile.targets.cpu_kernels._attn_math import (
     f32,
     lanes_for,
     sin,
+    tanh,
 )
 from mlc_compile.targets.cpu_kernels.rope import PARALLEL_TOKENS, fill_frequencies, split_rotary
 from mlc_compile.targets.kv_cache import PAGE_SIZE, KVCacheKernels, KVCacheSpec
@@ -40,6 +43,9 @@ EMPTY = NEGATIVE / 10
 
 SPLIT_PAGES = 8
 """Fewest pages of a decode split; shorter ones cost more in merging than they gain."""
+
+EVERY = 1 << 30
+"""The reach of a layer without a window."""
 
 
 @dataclass(frozen=True)
@@ -108,13 +114,29 @@ def cpu_kv_cache_kernels(spec: KVCacheSpec, *, vector_bits: int = 256) -> KVCach
     )
 
 
+def _query_factor(spec: KVCacheSpec, sm_scale: tirx.Expr) -> tirx.Expr:
+    """What multiplies a query: its products with keys are scores in base 2, or `_score`'s input."""
+    scale = sm_scale if spec.layer_window is None else T.fabs(sm_scale)
+    return scale * f32(LOG2_E if spec.softcap is None else 1 / spec.softcap)
+
+
+def _score(spec: KVCacheSpec, product: tirx.Expr) -> tirx.Expr:
+    """The score, in base 2, of a scaled query's product with a key."""
+    return product if spec.softcap is None else f32(spec.softcap * LOG2_E) * tanh(product)
+
+
+def _reach(spec: KVCacheSpec, sm_scale: tirx.Expr) -> tirx.Expr | int:
+    """How many positions a query sees in this call, its own included and sinks apart."""
+    if spec.layer_window is None:
+        return (spec.sliding_window or 0) - spec.attention_sink
+    bounded = T.int32(spec.layer_window)
+    return T.Select(sm_scale < f32(0.0), bounded, T.int32(EVERY))
+
+
 def _transpose_append(spec: KVCacheSpec, tiling: Tiling) -> tirx.PrimFunc:
     heads, d, dtype, page = spec.num_kv_heads, spec.head_dim, spec.dtype, PAGE_SIZE
-    half, window, factor = (
-        spec.rotary_dim // 2,
-        spec.sliding_window is not None,
-        spec.attention_factor,
-    )
+    half, factor = spec.rotary_dim // 2, spec.attention_factor
+    turns = spec.sliding_window is not None and half > 0
     lanes, half_lanes = lanes_for(d, tiling.lanes), lanes_for(half, tiling.lanes)
 
     @T.macro
@@ -127,7 +149,7 @@ def _transpose_append(spec: KVCacheSpec, tiling: Tiling) -> tirx.PrimFunc:
             base = T.alloc_buffer((1,), "int64")
             offset = T.alloc_buffer((1,), "int32")
             offset[0] = slot[t] % page
-            if window:
+            if turns:
                 for o in T.serial(half // half_lanes):
                     for i in T.vectorized(half_lanes):
                         e = T.meta_var(o * half_lanes + i)
@@ -135,7 +157,7 @@ def _transpose_append(spec: KVCacheSpec, tiling: Tiling) -> tirx.PrimFunc:
                         s[e] = f32(factor) * sin(T.Cast("float32", offset[0]) * freq[e])
             for h in T.serial(heads):
                 base[0] = (T.Cast("int64", slot[t] // page) * (2 * heads) + h) * (page * d)
-                if window:
+                if turns:
                     for e in T.serial(half):
                         x = T.meta_var(T.Cast("float32", k[t, h, e]))
                         y = T.meta_var(T.Cast("float32", k[t, h, e + half]))
@@ -167,8 +189,8 @@ def _transpose_append(spec: KVCacheSpec, tiling: Tiling) -> tirx.PrimFunc:
         v = T.match_buffer(var_v, (n, heads, d), dtype)
         slot = T.match_buffer(var_slot, (n,), "int32", elem_offset=slot_offset)
         pages = T.decl_buffer((num_pages * (2 * heads * page * d),), dtype, data=paged.data)
-        freq = T.alloc_buffer((half,), "float32")
-        if window:
+        freq = T.alloc_buffer((max(half, 1),), "float32")
+        if turns:
             fill_frequencies(freq, spec.inv_freq)
         if n < PARALLEL_TOKENS:
             for t in T.serial(n):
@@ -184,13 +206,15 @@ def _tile_macros(spec: KVCacheSpec, tiling: Tiling, *, key_major: bool) -> Simpl
     """Loops shared by the ragged and the paged prefill kernels.
 
     A block of 16 keys lies in `kb`, [16][d] if `key_major`, else [d][16]; its values in `vb`,
-    [16][d]. Lane arrays have `tile_lanes` elements; `lo`, `hi` bound each lane's visible slots.
+    [16][d]. Lane arrays have `tile_lanes` elements; `lo`, `hi` bound each lane's visible slots. In
+    windowed layers `lo` has two elements more, the least and the greatest of them.
     """
     d, group, dtype, page = spec.head_dim, spec.group_size, spec.dtype, PAGE_SIZE
     lanes, width, rows = tiling.lanes, tiling.tile_lanes, tiling.tile_rows
     vectors, keys, dims = tiling.row_vectors, tiling.row_keys, tiling.row_dims
     chunk = vectors * lanes
     key_stride, dim_stride = (d, 1) if key_major else (1, page)
+    layered = spec.layer_window is not None
 
     @T.macro
     def find(indptr: T.Buffer, batch: T.int32, tile: T.int32, at: T.Buffer) -> None:
@@ -253,9 +277,9 @@ def _tile_macros(spec: KVCacheSpec, tiling: Tiling, *, key_major: bool) -> Simpl
                 for k in T.unroll(keys):
                     for n in T.unroll(vectors):
                         for i in T.vectorized(lanes):
-                            p[(kg * keys + k) * width + c * chunk + n * lanes + i] = acc[
-                                k * chunk + n * lanes + i
-                            ]
+                            p[(kg * keys + k) * width + c * chunk + n * lanes + i] = _score(
+                                spec, acc[k * chunk + n * lanes + i]
+                            )
 
     @T.macro
     def mask(p: T.Buffer, lo: T.Buffer, hi: T.Buffer, slot: T.int32) -> None:
@@ -321,6 +345,47 @@ def _tile_macros(spec: KVCacheSpec, tiling: Tiling, *, key_major: bool) -> Simpl
                             ]
 
     @T.macro
+    def lower_bounds(
+        lo: T.Buffer,
+        positions: T.Buffer,
+        q_start: T.int32,
+        q_len: T.int32,
+        row: T.int32,
+        offset: T.int32,
+        reach: T.int32,
+    ) -> None:
+        # Rows may belong to several sequences that share these keys: their positions have no order.
+        lo[width] = EVERY
+        lo[width + 1] = 0
+        for lane in T.serial(width):
+            r = T.meta_var(T.min(row + lane % rows, q_len - 1))
+            lo[lane] = T.max(positions[q_start + r] - offset - (reach - 1), 0)
+            lo[width] = T.min(lo[width], lo[lane])
+            lo[width + 1] = T.max(lo[width + 1], lo[lane])
+
+    @T.macro
+    def far_nodes(
+        p: T.Buffer,
+        order: T.Buffer,
+        base: T.int32,
+        nodes: T.int32,
+        key: T.int32,
+        place: T.int32,
+        reach: T.int32,
+        at: T.int32,
+    ) -> None:
+        # Distance in a tree: the row's ancestors, itself included, that descend from the key.
+        if nodes > reach:
+            distance = T.alloc_buffer((1,), "int32")
+            distance[0] = 0
+            for n in T.serial(nodes):
+                node = T.meta_var(order[base + n, 0])
+                if order[key, 0] < node and node <= place and place < order[base + n, 1]:
+                    distance[0] = distance[0] + 1
+            if distance[0] >= reach:
+                p[at] = f32(NEGATIVE)
+
+    @T.macro
     def tree_mask(
         p: T.Buffer,
         order: T.Buffer,
@@ -330,6 +395,7 @@ def _tile_macros(spec: KVCacheSpec, tiling: Tiling, *, key_major: bool) -> Simpl
         qo_len: T.int32,
         kv_len: T.int32,
         slot: T.int32,
+        reach: T.int32,
     ) -> None:
         # A key of the tree is visible to its descendants: order[.., 0] is a node's place in
         # depth-first order, order[.., 1] the end of its subtree.
@@ -341,6 +407,8 @@ def _tile_macros(spec: KVCacheSpec, tiling: Tiling, *, key_major: bool) -> Simpl
                     key = T.meta_var(base + slot + k - (kv_len - nodes))
                     if place < order[key, 0] or place >= order[key, 1]:
                         p[k * width + lane] = f32(NEGATIVE)
+                    if layered:
+                        far_nodes(p, order, base, nodes, key, place, reach, k * width + lane)
 
     @T.macro
     def store(
@@ -376,6 +444,7 @@ def _tile_macros(spec: KVCacheSpec, tiling: Tiling, *, key_major: bool) -> Simpl
         load_queries=load_queries,
         scores=scores,
         mask=mask,
+        lower_bounds=lower_bounds,
         tree_mask=tree_mask,
         softmax=softmax,
         outputs=outputs,
@@ -390,7 +459,9 @@ def _prefill_ragged(spec: KVCacheSpec, tiling: Tiling, *, tree: bool) -> tirx.Pr
     width, rows, factor = tiling.tile_lanes, tiling.tile_rows, spec.attention_factor
     lanes, half_lanes = lanes_for(d, tiling.lanes), lanes_for(half, tiling.lanes)
     limited, sinks = spec.sliding_window is not None, spec.attention_sink
-    reach = (spec.sliding_window or 0) - sinks
+    turns = limited and half > 0
+    # Nodes of a tree lie nearer than their rows: `tree_mask` bounds them.
+    layered = spec.layer_window is not None and not tree
     tile = _tile_macros(spec, tiling, key_major=True)
 
     @T.macro
@@ -408,7 +479,7 @@ def _prefill_ragged(spec: KVCacheSpec, tiling: Tiling, *, tree: bool) -> tirx.Pr
         # Past the end, the last row repeats: masked keys need finite values.
         for r in T.serial(page):
             source = T.meta_var(start + T.min(r, count - 1))
-            if limited:
+            if turns:
                 for o in T.serial(half // half_lanes):
                     for i in T.vectorized(half_lanes):
                         e = T.meta_var(o * half_lanes + i)
@@ -435,6 +506,7 @@ def _prefill_ragged(spec: KVCacheSpec, tiling: Tiling, *, tree: bool) -> tirx.Pr
         v: T.Buffer,
         kv_indptr: T.Buffer,
         offsets: T.Buffer,
+        positions: T.Buffer,
         tree_indptr: T.Buffer,
         order: T.Buffer,
         out: T.Buffer,
@@ -444,6 +516,7 @@ def _prefill_ragged(spec: KVCacheSpec, tiling: Tiling, *, tree: bool) -> tirx.Pr
         h: T.int32,
         causal: T.int32,
         scale: T.float32,
+        reach: T.int32,
     ) -> None:
         b: T.let[T.int32] = at[0]
         row: T.let[T.int32] = at[1]
@@ -460,16 +533,24 @@ def _prefill_ragged(spec: KVCacheSpec, tiling: Tiling, *, tree: bool) -> tirx.Pr
         m = T.alloc_buffer((width,), "float32")
         z = T.alloc_buffer((width,), "float32")
         alpha = T.alloc_buffer((width,), "float32")
-        lo = T.alloc_buffer((width,), "int32")
+        lo = T.alloc_buffer((width + 2 if layered else width,), "int32")
         hi = T.alloc_buffer((width,), "int32")
         tile.load_queries(q, qt, ot, m, z, q_start + row, q_start + q_len - 1, h, scale)
         for lane in T.serial(width):
             last = T.meta_var(T.min(row + lane % rows, q_len - 1) + shift)
             hi[lane] = T.Select(causal > 0, last + 1, kv_len)
             lo[lane] = T.max(last - (reach - 1), 0) if limited else 0
-        first_lo: T.let[T.int32] = T.max(row + shift - (reach - 1), 0) if limited else 0
+        if layered:
+            tile.lower_bounds(lo, positions, q_start, q_len, row, offsets[b], reach)
+        first_lo: T.let[T.int32] = (
+            lo[width] if layered else T.max(row + shift - (reach - 1), 0) if limited else 0
+        )
         last_lo: T.let[T.int32] = (
-            T.max(T.min(row + rows, q_len) - 1 + shift - (reach - 1), 0) if limited else 0
+            lo[width + 1]
+            if layered
+            else T.max(T.min(row + rows, q_len) - 1 + shift - (reach - 1), 0)
+            if limited
+            else 0
         )
         first_hi: T.let[T.int32] = T.Select(causal > 0, row + shift + 1, kv_len)
         end: T.let[T.int32] = T.Select(causal > 0, T.min(row + rows + shift, kv_len), kv_len)
@@ -500,6 +581,7 @@ def _prefill_ragged(spec: KVCacheSpec, tiling: Tiling, *, tree: bool) -> tirx.Pr
                     q_len,
                     kv_len,
                     slot,
+                    reach,
                 )
             tile.softmax(p, m, z, alpha)
             tile.outputs(p, vb, ot, alpha)
@@ -564,6 +646,7 @@ def _prefill_ragged(spec: KVCacheSpec, tiling: Tiling, *, tree: bool) -> tirx.Pr
                         v,
                         kv_indptr,
                         position,
+                        position,
                         tree_indptr,
                         order,
                         out,
@@ -572,7 +655,8 @@ def _prefill_ragged(spec: KVCacheSpec, tiling: Tiling, *, tree: bool) -> tirx.Pr
                         at,
                         u // (q_len // rows + batch_1 - 1),
                         0,
-                        sm_scale * f32(LOG2_E),
+                        _query_factor(spec, sm_scale),
+                        _reach(spec, sm_scale),
                     )
 
         return attn_tree_ragged
@@ -609,12 +693,12 @@ def _prefill_ragged(spec: KVCacheSpec, tiling: Tiling, *, tree: bool) -> tirx.Pr
         kv_indptr = T.match_buffer(
             var_kv_indptr, (batch + 1,), "int32", elem_offset=kv_indptr_offset
         )
-        T.match_buffer(var_q_position, (q_len,), "int32", elem_offset=q_position_offset)
+        positions = T.match_buffer(var_q_position, (q_len,), "int32", elem_offset=q_position_offset)
         offsets = T.match_buffer(var_k_offset, (batch,), "int32", elem_offset=k_offset_offset)
         out = T.match_buffer(var_out, (q_len, q_heads, d), dtype)
         lse = T.match_buffer(var_lse, (q_len, q_heads), "float32")
-        freq = T.alloc_buffer((half,), "float32")
-        if limited:
+        freq = T.alloc_buffer((max(half, 1),), "float32")
+        if turns:
             fill_frequencies(freq, spec.inv_freq)
         for u in T.parallel(heads * (q_len // rows + batch)):
             at = T.alloc_buffer((2,), "int32")
@@ -630,6 +714,7 @@ def _prefill_ragged(spec: KVCacheSpec, tiling: Tiling, *, tree: bool) -> tirx.Pr
                     v,
                     kv_indptr,
                     offsets,
+                    positions,
                     q_indptr,
                     q_indptr,
                     out,
@@ -638,7 +723,8 @@ def _prefill_ragged(spec: KVCacheSpec, tiling: Tiling, *, tree: bool) -> tirx.Pr
                     at,
                     u // tiles,
                     causal,
-                    sm_scale * f32(LOG2_E),
+                    _query_factor(spec, sm_scale),
+                    _reach(spec, sm_scale),
                 )
 
     return attn_prefill_ragged
@@ -652,7 +738,7 @@ def _prefill_paged(spec: KVCacheSpec, tiling: Tiling, *, tree: bool) -> tirx.Pri
     lanes, half_lanes = lanes_for(d, tiling.lanes), lanes_for(half, tiling.lanes)
     page_lanes = tiling.lanes
     limited, sinks = spec.sliding_window is not None, spec.attention_sink
-    reach = (spec.sliding_window or 0) - sinks
+    turns, layered = limited and half > 0, spec.layer_window is not None
     segments = 2 if limited else 1
     tile = _tile_macros(spec, tiling, key_major=False)
 
@@ -667,7 +753,7 @@ def _prefill_paged(spec: KVCacheSpec, tiling: Tiling, *, tree: bool) -> tirx.Pri
         valid: T.int32,
         position: T.int32,
     ) -> None:
-        if limited:
+        if turns:
             c = T.alloc_buffer((half,), "float32")
             s = T.alloc_buffer((half,), "float32")
             for o in T.serial(half // half_lanes):
@@ -721,6 +807,7 @@ def _prefill_paged(spec: KVCacheSpec, tiling: Tiling, *, tree: bool) -> tirx.Pri
         h: T.int32,
         causal: T.int32,
         scale: T.float32,
+        reach: T.int32,
     ) -> None:
         b: T.let[T.int32] = at[0]
         row: T.let[T.int32] = at[1]
@@ -736,7 +823,7 @@ def _prefill_paged(spec: KVCacheSpec, tiling: Tiling, *, tree: bool) -> tirx.Pri
         m = T.alloc_buffer((width,), "float32")
         z = T.alloc_buffer((width,), "float32")
         alpha = T.alloc_buffer((width,), "float32")
-        lo = T.alloc_buffer((width,), "int32")
+        lo = T.alloc_buffer((width + 2 if layered else width,), "int32")
         hi = T.alloc_buffer((width,), "int32")
         tile.load_queries(q, qt, ot, m, z, q_start + row, q_start + q_len - 1, h, scale)
         bounds = T.alloc_buffer((6,), "int32")
@@ -764,13 +851,23 @@ def _prefill_paged(spec: KVCacheSpec, tiling: Tiling, *, tree: bool) -> tirx.Pri
                 else:
                     lo[lane] = 0
                     hi[lane] = T.Select(causal > 0, T.min(end - q_len + r + 1, end), end)
+            if layered:
+                tile.lower_bounds(lo, positions, q_start, q_len, row, offsets[b], reach)
             first_lo: T.let[T.int32] = (
-                T.Select(segment == 0, begin, T.max(first_position - shift - (reach - 1), begin))
+                lo[width]
+                if layered
+                else T.Select(
+                    segment == 0, begin, T.max(first_position - shift - (reach - 1), begin)
+                )
                 if limited
                 else 0
             )
             last_lo: T.let[T.int32] = (
-                T.Select(segment == 0, begin, T.max(last_position - shift - (reach - 1), begin))
+                lo[width + 1]
+                if layered
+                else T.Select(
+                    segment == 0, begin, T.max(last_position - shift - (reach - 1), begin)
+                )
                 if limited
                 else 0
             )
@@ -806,6 +903,7 @@ def _prefill_paged(spec: KVCacheSpec, tiling: Tiling, *, tree: bool) -> tirx.Pri
                         q_len,
                         end,
                         slot,
+                        reach,
                     )
                 tile.softmax(p, m, z, alpha)
                 tile.outputs(p, vb, ot, alpha)
@@ -891,7 +989,8 @@ def _prefill_paged(spec: KVCacheSpec, tiling: Tiling, *, tree: bool) -> tirx.Pri
                         at,
                         u // (q_len // rows + batch),
                         0,
-                        sm_scale * f32(LOG2_E),
+                        _query_factor(spec, sm_scale),
+                        _reach(spec, sm_scale),
                     )
 
         return attn_tree_paged
@@ -940,8 +1039,8 @@ def _prefill_paged(spec: KVCacheSpec, tiling: Tiling, *, tree: bool) -> tirx.Pri
         out = T.match_buffer(var_out, (q_len, q_heads, d), dtype)
         lse = T.match_buffer(var_lse, (q_len, q_heads), "float32")
         pages = T.decl_buffer((num_pages * (2 * heads * page * d),), dtype, data=paged.data)
-        freq = T.alloc_buffer((half,), "float32")
-        if limited:
+        freq = T.alloc_buffer((max(half, 1),), "float32")
+        if turns:
             fill_frequencies(freq, spec.inv_freq)
         for u in T.parallel(heads * (q_len // rows + batch)):
             at = T.alloc_buffer((2,), "int32")
@@ -964,7 +1063,8 @@ def _prefill_paged(spec: KVCacheSpec, tiling: Tiling, *, tree: bool) -> tirx.Pri
                     at,
                     u // (q_len // rows + batch),
                     causal,
-                    sm_scale * f32(LOG2_E),
+                    _query_factor(spec, sm_scale),
+                    _reach(spec, sm_scale),
                 )
 
     return attn_prefill_paged
@@ -1013,9 +1113,15 @@ def _decode(spec: KVCacheSpec, tiling: Tiling) -> tirx.PrimFunc:
         if (d // d_lanes) % n == 0 and (n == 1 or n * block <= 14)
     )
     limited, sinks = spec.sliding_window is not None, spec.attention_sink
-    reach = (spec.sliding_window or 0) - sinks
+    turns, layered = limited and half > 0, spec.layer_window is not None
     segments, length_rows = (2, 3) if limited else (1, 1)
-    page_query = group * d if limited else 0  # each page has its own rotation of the query
+    page_query = group * d if turns else 0  # each page has its own rotation of the query
+
+    def seen_pages(count: tirx.Expr, batch: tirx.Expr, sm_scale: tirx.Expr) -> tirx.Expr:
+        if spec.layer_window is None:
+            return count
+        most = T.min(count, batch * (-(-spec.layer_window // page) + 1))
+        return T.Select(sm_scale < f32(0.0), most, count)
 
     def fold_max(buffer: T.Buffer) -> None:
         _fold(buffer, lanes, T.max)
@@ -1063,7 +1169,7 @@ def _decode(spec: KVCacheSpec, tiling: Tiling) -> tirx.PrimFunc:
                                 )
             for n in T.unroll(block * keys // lanes):
                 for i in T.vectorized(lanes):
-                    p[gb * block * keys + n * lanes + i] = acc[n * lanes + i]
+                    p[gb * block * keys + n * lanes + i] = _score(spec, acc[n * lanes + i])
 
     @T.macro
     def softmax(p: T.Buffer, m: T.Buffer, z: T.Buffer, alpha: T.Buffer) -> None:
@@ -1154,6 +1260,7 @@ def _decode(spec: KVCacheSpec, tiling: Tiling) -> tirx.PrimFunc:
         splits: T.int32,
         u: T.int32,
         scale: T.float32,
+        reach: T.int32,
     ) -> None:
         ql = T.alloc_buffer((group * d,), "float32")
         qr = T.alloc_buffer((pages_in_block * group * d,), "float32")
@@ -1177,7 +1284,7 @@ def _decode(spec: KVCacheSpec, tiling: Tiling) -> tirx.PrimFunc:
                     )
                 for i in T.vectorized(d_lanes):
                     o[g * d + e * d_lanes + i] = f32(0.0)
-            if limited:
+            if turns:
                 for n in T.serial(pages_in_block):
                     for e in T.serial(d - 2 * half):
                         qr[(n * group + g) * d + 2 * half + e] = ql[g * d + 2 * half + e]
@@ -1185,7 +1292,7 @@ def _decode(spec: KVCacheSpec, tiling: Tiling) -> tirx.PrimFunc:
             _window_bounds(bounds, lengths, b, page_count, offsets[b], sinks)
             bounds[3] = T.max(bounds[3], positions[b] - bounds[5] - (reach - 1))
         else:
-            bounds[0] = 0
+            bounds[0] = T.max(positions[b] - offsets[b] - (reach - 1), 0) if layered else 0
             bounds[1] = T.Select(page_count > 0, (page_count - 1) * page + lengths[b], 0)
         for segment in T.serial(segments):
             begin: T.let[T.int32] = bounds[segment * 3]
@@ -1203,7 +1310,7 @@ def _decode(spec: KVCacheSpec, tiling: Tiling) -> tirx.PrimFunc:
                         * (2 * heads)
                         + h
                     ) * (page * d)
-                if limited:
+                if turns:
                     for n in T.serial(pages_in_block):
                         rotate_query(ql, qr, freq, (at + n) * page + bounds[segment * 3 + 2], n)
                     scores(pages, qr, base, p)
@@ -1305,10 +1412,12 @@ def _decode(spec: KVCacheSpec, tiling: Tiling) -> tirx.PrimFunc:
         out = T.match_buffer(var_out, (batch, q_heads, d), dtype)
         lse = T.match_buffer(var_lse, (batch, q_heads), "float32")
         pages = T.decl_buffer((num_pages * (2 * heads * page * d),), dtype, data=paged.data)
-        freq = T.alloc_buffer((half,), "float32")
-        if limited:
+        freq = T.alloc_buffer((max(half, 1),), "float32")
+        if turns:
             fill_frequencies(freq, spec.inv_freq)
-        splits: T.let[T.int32] = T.max(T.min(id_count // (batch * SPLIT_PAGES), 8), 1)
+        splits: T.let[T.int32] = T.max(
+            T.min(seen_pages(id_count, batch, sm_scale) // (batch * SPLIT_PAGES), 8), 1
+        )
         part_o = T.alloc_buffer((batch * q_heads * splits * d,), "float32")
         part_m = T.alloc_buffer((batch * q_heads * splits,), "float32")
         part_z = T.alloc_buffer((batch * q_heads * splits,), "float32")
@@ -1330,7 +1439,8 @@ def _decode(spec: KVCacheSpec, tiling: Tiling) -> tirx.PrimFunc:
                 u % splits,
                 splits,
                 u,
-                sm_scale * f32(LOG2_E),
+                _query_factor(spec, sm_scale),
+                _reach(spec, sm_scale),
             )
         for b in T.serial(batch):
             for h in T.serial(heads):

@@ -22,6 +22,7 @@ from tvm.tirx.script.builder import ir as T
 
 from mlc_compile.targets.cpu_kernels import _vector as vec
 from mlc_compile.targets.cpu_kernels._vector import Buffer, Expr
+from mlc_compile.targets.kernels import LayerNormSpec
 
 F32 = "float32"
 # op_pattern 8 is "opaque": relax's fusion leaves the kernel alone.
@@ -160,6 +161,9 @@ ACTIVATIONS: dict[str, Callable[[Expr, int], Expr]] = {
     "relu": _relu,
 }
 
+# What a LayerNormSpec adds up.
+ADDED = ("x", "residual")
+
 Argument = tuple[str, Sequence[Any], str]
 
 
@@ -234,16 +238,16 @@ def _store(
     vec.store(buffer, index, vec.cast(value, dtype, lanes), lanes)
 
 
-def _sum_of_squares(read: Callable[[Expr, int], Expr], width: int, lanes: int) -> Expr:
-    """sum(read(offset, lanes)^2) over `width` float32 elements, a bound scalar."""
+def _sum(value: Callable[[Expr, int], Expr], width: int, lanes: int) -> Expr:
+    """sum(value(offset, lanes)) over `width` float32 elements, a bound scalar."""
     step = REDUCTION_VECTORS * lanes
     sums = vec.accumulators(REDUCTION_VECTORS, lanes)
     for register in sums:
         vec.put(register, vec.const(0, F32, lanes), lanes)
 
     def accumulate(register: Buffer, offset: Expr) -> None:
-        value = hold(read(offset, lanes), lanes)
-        vec.put(register, vec.get(register, lanes) + value * value, lanes)
+        term = value(offset, lanes)
+        vec.put(register, vec.get(register, lanes) + term, lanes)
 
     if width >= step:
         with vec.serial(width // step) as j:
@@ -256,29 +260,42 @@ def _sum_of_squares(read: Callable[[Expr, int], Expr], width: int, lanes: int) -
         total = total + vec.get(register, lanes)
     total = vec.horizontal_sum(total, lanes)
     for narrow_offset, narrow in vec.pieces(width, lanes):
-        value = hold(read(vec.i64(narrow_offset), narrow), narrow)
-        total = total + vec.horizontal_sum(value * value, narrow)
+        total = total + vec.horizontal_sum(value(vec.i64(narrow_offset), narrow), narrow)
     return vec.bind(total)
 
 
 def _normalise(
     read: Callable[[Expr, int], Expr],
-    weight: Buffer,
     write: Callable[[Expr, Expr, int], None],
     width: int,
     eps: float,
     lanes: int,
+    centre: bool = False,
 ) -> None:
-    """write(offset, read(offset) / sqrt(mean square + eps) * weight, lanes) over one row.
+    """write(offset, read(offset) / sqrt(mean square + eps), lanes) over one row.
 
-    `read` is called twice for an offset: first for the squares, then for the values.
+    `read` is called for every element first for the squares, then for the values; to `centre`, it
+    is called before that for their mean, which is then subtracted.
     """
-    mean = _sum_of_squares(read, width, lanes) * vec.const(1 / width, F32, 1)
+
+    def mean_of(value: Callable[[Expr, int], Expr]) -> Expr:
+        return _sum(value, width, lanes) * vec.const(1 / width, F32, 1)
+
+    middle = vec.bind(mean_of(lambda i, narrow: hold(read(i, narrow), narrow))) if centre else None
+
+    def centred(offset: Expr, narrow: int) -> Expr:
+        value = read(offset, narrow)
+        return value if middle is None else value - vec.splat(middle, narrow)
+
+    def square(offset: Expr, narrow: int) -> Expr:
+        value = hold(centred(offset, narrow), narrow)
+        return value * value
+
+    mean = mean_of(square)
     scale = vec.bind(vec.const(1, F32, 1) / tirx.sqrt(mean + vec.const(eps, F32, 1)))
 
     def scaled(offset: Expr, narrow: int) -> None:
-        value = read(offset, narrow) * vec.splat(scale, narrow) * load_f32(weight, [offset], narrow)
-        write(offset, value, narrow)
+        write(offset, centred(offset, narrow) * vec.splat(scale, narrow), narrow)
 
     for_vectors(width, lanes, scaled)
 
@@ -296,11 +313,10 @@ def rms_norm(
     def body(x: Buffer, weight: Buffer, out: Buffer) -> None:
         def row(i: Expr) -> None:
             def write(offset: Expr, value: Expr, narrow: int) -> None:
+                value = value * load_f32(weight, [offset], narrow)
                 _store(out, [i, offset], value, dtype, narrow)
 
-            _normalise(
-                lambda j, narrow: load_f32(x, [i, j], narrow), weight, write, hidden, eps, lanes
-            )
+            _normalise(lambda j, narrow: load_f32(x, [i, j], narrow), write, hidden, eps, lanes)
 
         for_rows(n, hidden, row)
 
@@ -326,19 +342,66 @@ def add_rms_norm(
                 _store(total, [i, offset], value, dtype, narrow)
 
             def write(offset: Expr, value: Expr, narrow: int) -> None:
+                value = value * load_f32(weight, [offset], narrow)
                 _store(normed, [i, offset], value, dtype, narrow)
 
             # A pass of its own: the row stays in the first-level cache.
             for_vectors(hidden, lanes, add_up)
-            _normalise(
-                lambda j, narrow: load_f32(total, [i, j], narrow), weight, write, hidden, eps, lanes
-            )
+            _normalise(lambda j, narrow: load_f32(total, [i, j], narrow), write, hidden, eps, lanes)
 
         for_rows(n, hidden, row)
 
     shape = ((n, hidden), dtype)
     arguments = [("x", *shape), ("residual", *shape), ("weight", (hidden,), dtype)]
     return build_kernel("add_rms_norm", [*arguments, ("normed", *shape), ("total", *shape)], body)
+
+
+def layer_norm(
+    spec: LayerNormSpec, rows: int | None = None, vector_bits: int = 256
+) -> tirx.PrimFunc:
+    """The kernel of a LayerNormSpec."""
+    lanes = max(1, vector_bits // 32)
+    n, dtype, size = symbol("n") if rows is None else rows, spec.dtype, spec.size
+    arguments = spec.arguments(n)
+
+    def body(*given: Buffer) -> None:
+        buffers = {a[0]: buffer for a, buffer in zip(arguments, given, strict=True)}
+
+        def norm(at: list[Expr], first: Expr | None) -> None:
+            """The row at this index; its tables begin at `first`."""
+
+            def table(name: str, offset: Expr, narrow: int) -> Expr:
+                place = offset if first is None else first + offset
+                return load_f32(buffers[name], [place], narrow)
+
+            def add_up(offset: Expr, narrow: int) -> None:
+                terms = [load_f32(buffers[name], [*at, offset], narrow) for name in ADDED]
+                _store(buffers["total"], [*at, offset], terms[0] + terms[1], dtype, narrow)
+
+            def read(offset: Expr, narrow: int) -> Expr:
+                return load_f32(buffers["total" if spec.added else "x"], [*at, offset], narrow)
+
+            def write(offset: Expr, value: Expr, narrow: int) -> None:
+                if spec.weight:
+                    value = value * table("weight", offset, narrow)
+                if spec.bias:
+                    value = value + table("bias", offset, narrow)
+                _store(buffers["normed"], [*at, offset], value, dtype, narrow)
+
+            if spec.added:
+                for_vectors(size, lanes, add_up)
+            _normalise(read, write, size, spec.eps, lanes, spec.centre)
+
+        def row(i: Expr) -> None:
+            if spec.heads is None:
+                norm([i], None)
+                return
+            with vec.serial(spec.heads) as h:
+                norm([i, h], vec.bind(h * vec.i64(size)) if spec.own_tables else None)
+
+        for_rows(n, (spec.heads or 1) * size, row)
+
+    return build_kernel("layer_norm", arguments, body)
 
 
 def qk_norm(
@@ -367,12 +430,13 @@ def qk_norm(
                     head = vec.bind(h + vec.i64(first))
 
                     def write(offset: Expr, value: Expr, narrow: int) -> None:
+                        value = value * load_f32(weight, [offset], narrow)
                         _store(out, [i, head, offset], value, dtype, narrow)
 
                     def read(offset: Expr, narrow: int) -> Expr:
                         return load_f32(x, [i, head, offset], narrow)
 
-                    _normalise(read, weight, write, head_dim, eps, lanes)
+                    _normalise(read, write, head_dim, eps, lanes)
 
             norm(0, num_query_heads, q_weight)
             norm(num_query_heads, num_key_value_heads, k_weight)
@@ -398,11 +462,13 @@ def gated_activation(
     dtype: str,
     rows: int | None = None,
     vector_bits: int = 256,
-) -> tirx.PrimFunc:
+) -> tirx.PrimFunc | None:
     """(gate_up[n, 2 I]) -> out[n, I] = activation(gate) * up; the fused projection is gate, up.
 
-    `activation` is a key of ACTIVATIONS (config.json's `hidden_act`).
+    `activation` is a key of ACTIVATIONS (config.json's `hidden_act`); None for others.
     """
+    if activation not in ACTIVATIONS:
+        return None
     activate = ACTIVATIONS[activation]
     lanes = max(1, vector_bits // 32)
     n = symbol("n") if rows is None else rows

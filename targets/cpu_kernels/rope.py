@@ -2,6 +2,7 @@
 
 - cos and sin are computed once for a token and shared by all its heads.
 - One kernel for every RoPE kind: inverse frequencies are a table, half pairing, rotary_dim <= d.
+- Without rotary dimensions it only splits.
 - With a sliding window, keys stay as they are: the runtime numbers tokens within the window, so a
   cached key's position changes as the window slides. The attention kernels rotate them.
 """
@@ -31,6 +32,7 @@ def split_rotary(spec: KVCacheSpec, lanes: int) -> tirx.PrimFunc:
     factor = spec.attention_factor
     rotated_heads = q_heads + kv_heads if spec.sliding_window is None else q_heads
     half_lanes, all_lanes = lanes_for(half, lanes), lanes_for(d, lanes)
+    table = max(half, 1)  # a table that nobody reads has one element
     rest = d - 2 * half
     rest_lanes = lanes_for(rest, lanes) if rest else 1
 
@@ -49,13 +51,14 @@ def split_rotary(spec: KVCacheSpec, lanes: int) -> tirx.PrimFunc:
     def rotate(
         qkv: T.Buffer, out: T.Buffer, c: T.Buffer, s: T.Buffer, t: T.int32, h: T.int32, g: T.int32
     ) -> None:
-        for o in T.serial(half // half_lanes):
-            for i in T.vectorized(half_lanes):
-                e = T.meta_var(o * half_lanes + i)
-                x = T.meta_var(T.Cast("float32", qkv[t, h, e]))
-                y = T.meta_var(T.Cast("float32", qkv[t, h, e + half]))
-                out[t, g, e] = T.Cast(dtype, x * c[e] - y * s[e])
-                out[t, g, e + half] = T.Cast(dtype, y * c[e] + x * s[e])
+        if half > 0:
+            for o in T.serial(half // half_lanes):
+                for i in T.vectorized(half_lanes):
+                    e = T.meta_var(o * half_lanes + i)
+                    x = T.meta_var(T.Cast("float32", qkv[t, h, e]))
+                    y = T.meta_var(T.Cast("float32", qkv[t, h, e + half]))
+                    out[t, g, e] = T.Cast(dtype, x * c[e] - y * s[e])
+                    out[t, g, e + half] = T.Cast(dtype, y * c[e] + x * s[e])
         if rest > 0:
             for o in T.serial(rest // rest_lanes):
                 for i in T.vectorized(rest_lanes):
@@ -79,9 +82,10 @@ def split_rotary(spec: KVCacheSpec, lanes: int) -> tirx.PrimFunc:
         v: T.Buffer,
         t: T.int32,
     ) -> None:
-        c = T.alloc_buffer((half,), "float32")
-        s = T.alloc_buffer((half,), "float32")
-        angles(freq, position, c, s, t)
+        c = T.alloc_buffer((table,), "float32")
+        s = T.alloc_buffer((table,), "float32")
+        if half > 0:
+            angles(freq, position, c, s, t)
         for h in T.serial(q_heads):
             rotate(qkv, q, c, s, t, h, h)
         for h in T.serial(kv_heads):
@@ -127,7 +131,7 @@ def split_rotary(spec: KVCacheSpec, lanes: int) -> tirx.PrimFunc:
             q = T.match_buffer(var_q, (n, q_heads, d), dtype)
             k = T.match_buffer(var_k, (n, kv_heads, d), dtype)
             v = T.match_buffer(var_v, (n, kv_heads, d), dtype)
-            freq = T.match_buffer(var_freq, (half,), "float32")
+            freq = T.match_buffer(var_freq, (table,), "float32")
             tokens(freq, position, qkv, q, k, v, n)
 
         return kv_split_rotary
@@ -149,7 +153,7 @@ def split_rotary(spec: KVCacheSpec, lanes: int) -> tirx.PrimFunc:
         q = T.match_buffer(var_q, (n, q_heads, d), dtype)
         k = T.match_buffer(var_k, (n, kv_heads, d), dtype)
         v = T.match_buffer(var_v, (n, kv_heads, d), dtype)
-        freq = T.alloc_buffer((half,), "float32")
+        freq = T.alloc_buffer((table,), "float32")
         fill_frequencies(freq, spec.inv_freq)
         tokens(freq, position, qkv, q, k, v, n)
 

@@ -3,13 +3,14 @@
 - Decode cuts sequences into chunks of pages, as many as the page lists' extents (all that the host
   knows) ask for; kernels read the lengths. Chunks' results meet in a workspace of at most
   4 (TARGET_BLOCKS + B u) h (d + 8) bytes, for u units of h query heads that share a KV head.
-- Full attention with rotated keys; sliding windows are the portable kernels' business, as are
-  bfloat16 on devices without it and head sizes that no fragment fits.
+- Sliding windows are the portable kernels' business, as are bfloat16 on devices without it and
+  head sizes that no fragment fits. Pages before the window of a layer are skipped.
 - Where every device has dependent launches, a kernel may begin before the one before has ended.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 from tvm import tirx
@@ -20,7 +21,7 @@ from mlc_compile.targets.cuda_kernels._launch import device_call
 from mlc_compile.targets.gpu_kernels import _attention_ir as ir
 from mlc_compile.targets.gpu_kernels._attention_decode import ARGUMENTS
 from mlc_compile.targets.gpu_kernels._emit import Expr, bind, f32, i32
-from mlc_compile.targets.kv_cache import KVCacheSpec
+from mlc_compile.targets.kv_cache import PAGE_SIZE, KVCacheSpec
 
 TYPES = {"float32": "float", "float16": "half", "bfloat16": "nv_bfloat16"}
 LARGEST_HEAD = 256
@@ -47,6 +48,35 @@ FEW_ROWS = 16
 """Rows from which `split_rotary` computes a row's sines and cosines once for all heads."""
 
 
+@dataclass(frozen=True)
+class Bounds:
+    """What a kernel that bounds scores or keys has more: attention_bounds.cuh.
+
+    Attributes:
+        flags: its first template arguments.
+        arguments: its first arguments.
+        scale: of what it takes for scores, but for log2(e).
+    """
+
+    flags: tuple[str, ...]
+    arguments: tuple[Expr, ...]
+    scale: Expr
+
+    @staticmethod
+    def of(spec: KVCacheSpec, a: SimpleNamespace) -> Bounds | None:
+        """None where scores are as they are and all earlier keys are seen."""
+        cap, window = spec.softcap, spec.layer_window
+        if cap is None and window is None:
+            return None
+        size = T.max(a.sm_scale, f32(0) - a.sm_scale)
+        seen = T.Select(a.sm_scale < f32(0), i32(window or 0), i32(0))
+        where = (_address(a.q_position), _address(a.k_offset), seen)
+        flags = tuple(str(bound is not None).lower() for bound in (cap, window))
+        if cap is None:
+            return Bounds(flags, (size, *where), size)
+        return Bounds(flags, (size * f32(1 / cap), *where), f32(cap))
+
+
 def supports(spec: KVCacheSpec, archs: CudaArchs) -> bool:
     """Whether these kernels serve a cache of this kind on all of these devices."""
     if spec.sliding_window is not None or spec.head_dim > LARGEST_HEAD:
@@ -70,7 +100,11 @@ def decode(spec: KVCacheSpec, archs: CudaArchs) -> tirx.PrimFunc | None:
     most_chunks = max(1, min(target // units, max(LEAST_CHUNKS, CHUNK_FLOATS // (heads * d))))
 
     def body(a: SimpleNamespace) -> None:
-        rows, pages = a.extent.rows, a.extent.id_count
+        rows, listed = a.extent.rows, a.extent.id_count
+        pages = listed
+        if spec.layer_window is not None:
+            most_seen = rows * (spec.layer_window // PAGE_SIZE + 2)
+            pages = bind(T.Select(a.sm_scale < f32(0), T.min(pages, most_seen), pages))
         share = T.max(tirx.truncdiv(pages + (most_chunks - 1), most_chunks), 2)
         # A page for each warp is done before two blocks would have met.
         share = T.Select(pages <= rows * warps, i32(warps), share)
@@ -79,14 +113,19 @@ def decode(spec: KVCacheSpec, archs: CudaArchs) -> tirx.PrimFunc | None:
         chunks = bind(T.Select(rows == 1, alone, tirx.truncdiv(pages, share) + rows))
         size = heads * d + -(-2 * heads // 4) * 4  # of a chunk: DecodeMerge::kPart
         part = T.alloc_buffer((chunks * (units * size),), "float32", layout=None)
+        bounds = Bounds.of(spec, a)
+        function = _function("attention_decode", archs, spec, d, kv_heads, group, warps)
+        if bounds is not None:
+            function = f"bounded_{function}".replace("<", f"<{', '.join(bounds.flags)}, ")
         device_call(
             "attention_decode.cuh",
-            _function("attention_decode", archs, spec, d, kv_heads, group, warps),
+            function,
             [
+                *(() if bounds is None else bounds.arguments),
                 *map(_address, (a.q, a.pages, a.page_indptr, a.page_indices, a.length_info)),
                 *map(_address, (a.out, a.lse)),
                 part,  # not an address: TVM would shorten it to what it sees used
-                *(rows, pages, share, a.sm_scale),
+                *(rows, listed, share, a.sm_scale if bounds is None else bounds.scale),
             ],
             threads=32 * warps,
             grid=[chunks, units],

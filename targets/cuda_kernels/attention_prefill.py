@@ -1,7 +1,7 @@
 """Attention of many rows on the matrix units: what calls cuh/attention_prefill*.cuh.
 
-- For float16 and bfloat16 caches, full attention; sliding windows, trees and float32 are the
-  portable kernels' business.
+- For float16 and bfloat16 caches; sliding windows, trees and float32 are the portable kernels'
+  business. Windows of layers and bounded scores are served, but not by Hopper's tile.
 - Three kinds of tiles: within the shared memory of sm_75, for sm_80 and later, and for Hopper's
   warpgroup products. A library holds what its devices need, and its host code chooses.
 - A few rows against many cached keys are too few tiles for a GPU: then several blocks share a tile,
@@ -21,6 +21,7 @@ from tvm.tirx.script.builder import ir as T
 from mlc_compile.targets.cpu_kernels._attn_math import LOG2_E
 from mlc_compile.targets.cuda_kernels._arch import CudaArchs, compute_capability
 from mlc_compile.targets.cuda_kernels._launch import device_call
+from mlc_compile.targets.cuda_kernels.attention_decode import Bounds
 from mlc_compile.targets.gpu_kernels import _attention_ir as ir
 from mlc_compile.targets.gpu_kernels._attention_prefill import ARGUMENTS
 from mlc_compile.targets.gpu_kernels._emit import Expr, bind, f32, i32
@@ -78,13 +79,16 @@ def _wgmma(head_dim: int, warpgroups: int, keys: int, *, copiers: bool) -> Tile:
     return Tile("attention_prefill_sm90.cuh", "_sm90", rows, shape, threads, shared)
 
 
-def tiles(head_dim: int, archs: CudaArchs, *, paged: bool) -> list[tuple[int, Tile]]:
-    """(the least capability that runs it, a tile), best first; Hopper's is for it alone.
+def tiles(
+    head_dim: int, archs: CudaArchs, *, paged: bool, plain: bool = True
+) -> list[tuple[int, Tile]]:
+    """(the least capability that runs it, a tile), best first; Hopper's is for it alone, and for
+    `plain` scores.
 
     Which is best was measured (benchmarks/NOTES.md): on Hopper two small blocks on a multiprocessor
     beat a large one while sequences are short, and lose to it where the L2 cache is the limit.
     """
-    hopper = HOPPER in archs.archs and head_dim in HOPPER_HEADS
+    hopper = plain and HOPPER in archs.archs and head_dim in HOPPER_HEADS
     old, new = archs.minimum < AMPERE, max(archs.archs) >= AMPERE
     found = []
     if hopper:
@@ -130,23 +134,28 @@ def prefill(spec: KVCacheSpec, *, paged: bool, archs: CudaArchs) -> tirx.PrimFun
         scale = a.sm_scale * f32(LOG2_E)
         function = f"prefill_{'paged' if paged else 'ragged'}"
         numbers = f"{TYPES[spec.dtype]}, {d}, {group}, {heads}"
+        bounds = Bounds.of(spec, a)
+        before = () if bounds is None else bounds.arguments
+        if bounds is not None:
+            scale, function = bounds.scale * f32(LOG2_E), f"bounded_{function}"
+            numbers = ", ".join([*bounds.flags, numbers])
 
         def attend(out: Any, lse: Any, parts: Expr | None = None) -> None:
             kind = "" if not paged else f", {TYPES[spec.dtype]}" if parts is None else ", float"
-            total = [count] if paged else []
+            total, tail = [count] if paged else [], [batch, causal, scale]
 
             def launch(tile: Tile) -> None:
                 blocks = (ir.divide(rows * group, tile.rows) + batch) * heads
                 device_call(
                     tile.header,
                     f"{function}{tile.suffix}<{numbers}, {tile.shape}{kind}>",
-                    [a.q.buffer, view(a.qo_indptr), *keys, out, lse, *total, batch, causal, scale],
+                    [*before, a.q.buffer, view(a.qo_indptr), *keys, out, lse, *total, *tail],
                     threads=tile.threads,
                     grid=[blocks] if parts is None else [blocks, parts],
                     shared_bytes=tile.shared_bytes,
                 )
 
-            _choose(tiles(d, archs, paged=paged), None, launch)
+            _choose(tiles(d, archs, paged=paged, plain=bounds is None), None, launch)
 
         if not paged:
             return attend(a.out.buffer, a.lse.buffer)

@@ -15,12 +15,12 @@ from tvm.tirx.script.builder import ir as T
 from mlc_compile.targets.cuda_kernels import elementwise, gemm, gemm_sm90, gemv
 from mlc_compile.targets.cuda_kernels._arch import CudaArchs, compute_capability
 from mlc_compile.targets.gpu_kernels import elementwise as portable
-from mlc_compile.targets.gpu_kernels import embedding, linear
+from mlc_compile.targets.gpu_kernels import embedding, experts, linear
 from mlc_compile.targets.gpu_kernels._emit import Buffer, build_kernel, i32, symbol
 from mlc_compile.targets.gpu_kernels.device import GPUDevice
-from mlc_compile.targets.kernels import EmbeddingSpec, LinearSpec
+from mlc_compile.targets.kernels import EmbeddingSpec, ExpertLinearSpec, LayerNormSpec, LinearSpec
 
-CUDA = GPUDevice(bfloat16=True, merged_auxiliary=True)
+CUDA = GPUDevice(max_buffers=31, bfloat16=True, merged_auxiliary=True)
 """What the portable kernels may use: far less than any of these GPUs has."""
 
 FEW_ROWS = 16
@@ -80,6 +80,9 @@ class CudaKernels:
         else:
             some()
 
+    def expert_linear(self, spec: ExpertLinearSpec) -> tirx.PrimFunc | None:
+        return experts.expert_kernel(spec, device=CUDA)
+
     def embedding(self, spec: EmbeddingSpec) -> tirx.PrimFunc | None:
         return embedding.embedding_kernel(spec, device=CUDA)
 
@@ -94,6 +97,9 @@ class CudaKernels:
         return elementwise.add_rms_norm(
             size, dtype, eps, rows, archs=self.archs
         ) or portable.add_rms_norm(size, dtype, eps, rows, device=CUDA)
+
+    def layer_norm(self, spec: LayerNormSpec, rows: int | None) -> tirx.PrimFunc | None:
+        return portable.layer_norm(spec, rows, device=CUDA)
 
     def qk_norm(
         self, heads: tuple[int, int, int], eps: float, dtype: str, rows: int | None

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
-from mlc_compile.targets.cpu_kernels._attn_math import LOG2_E, NEGATIVE
+from mlc_compile.targets.cpu_kernels._attn_math import NEGATIVE
 from mlc_compile.targets.gpu_kernels import _attention_ir as ir
 from mlc_compile.targets.gpu_kernels._attention_ir import (
     EMPTY,
@@ -88,6 +88,7 @@ def decode(spec: KVCacheSpec) -> tirx.PrimFunc:
     d, q_heads, kv_heads = spec.head_dim, spec.num_qo_heads, spec.num_kv_heads
     blocks, side, width = spec.group_size // heads, THREADS // lanes, lanes * dims
     turn, pitch = batch * side, lanes + 1  # keys of a round; partial sums of a key and a gap
+    windows = spec.sliding_window is not None or spec.layer_window is not None
     part_size = d + 2  # of a range: output before division, maximum, sum
 
     def body(a: SimpleNamespace) -> None:
@@ -95,6 +96,10 @@ def decode(spec: KVCacheSpec) -> tirx.PrimFunc:
         share = tirx.truncdiv(a.extent.id_count + (SPLIT_PAGES - 1), T.max(rows, 1) * SPLIT_PAGES)
         splits = bind(T.max(T.min(share, MAX_SPLITS), 1))
         workspace = (rows * splits * (q_heads * part_size),)
+        if spec.layer_window is not None:  # the host knows all pages, a window has few of them
+            fit = min(max(spec.layer_window // (SPLIT_PAGES * PAGE_SIZE), 1), MAX_SPLITS)
+            few = T.Select(a.sm_scale < f32(0), i32(fit), i32(MAX_SPLITS))
+            splits = bind(T.min(splits, few))
         part = ir.Cells(T.alloc_buffer(workspace, "float32", layout=None))
 
         with launch(THREADS, rows * (kv_heads * blocks), splits) as (t, x, split):
@@ -109,7 +114,7 @@ def decode(spec: KVCacheSpec) -> tirx.PrimFunc:
             head, h = hold(b * q_heads + unit * heads), hold(divide(unit, blocks))
             lane, key_lane = remainder(t, lanes), divide(t, lanes)
             first_page = bind(a.page_indptr[b])
-            span = ir.paged_span(spec, a, b, a.q_position[b] if spec.sliding_window else None)
+            span = ir.paged_span(spec, a, b, a.q_position[b] if windows else None)
             # Whole pages: two ranges would both read a page that they share.
             share = tirx.truncdiv(ir.pieces(span.total, PAGE_SIZE) + (splits - 1), splits)
             begin = hold(split * share * PAGE_SIZE)
@@ -123,7 +128,7 @@ def decode(spec: KVCacheSpec) -> tirx.PrimFunc:
             output.fill(heads * dims, 0)
             for g in range(heads):
                 for i, e in enumerate(columns):
-                    value = a.q[(head + g) * d + e] * (a.sm_scale * f32(LOG2_E))
+                    value = a.q[(head + g) * d + e] * ir.score_scale(spec, a.sm_scale)
                     if width > d:
                         value = T.Select(lane + i * lanes < d, value, f32(0))
                     query[g * dims + i] = value
@@ -158,7 +163,8 @@ def decode(spec: KVCacheSpec) -> tirx.PrimFunc:
                             with T.serial(lanes) as j:
                                 whole[0] += meet[item * pitch + j]
                             key = hold(r * turn + remainder(item, turn))
-                            value = T.Select(first + key < end, whole[0], f32(NEGATIVE))
+                            value = ir.capped(spec, whole[0])
+                            value = T.Select(first + key < end, value, f32(NEGATIVE))
                             score[divide(item, turn) * BLOCK + key] = value
                     barrier()
 

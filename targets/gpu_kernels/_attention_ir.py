@@ -1,4 +1,4 @@
-"""What the GPU attention kernels share: their arguments, rotation of keys, windows."""
+"""What the GPU attention kernels share: arguments, scores, rotation of keys, windows."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def build(
         **dict.fromkeys(("all_k", "all_v"), (dtype, (spec.num_layers, kv_rows, kv, d))),
         "qkv": (dtype, (rows, q + 2 * kv, d)),
         "pages": (dtype, (extent.num_pages, 2, kv, PAGE_SIZE, d)),
-        "inv_freq": (F32, (spec.rotary_dim // 2,)),
+        "inv_freq": (F32, (max(spec.rotary_dim // 2, 1),)),
         "q_position": (I32, (rows,)),
         "k_offset": (I32, (batch,)),
         **dict.fromkeys(("qo_indptr", "kv_indptr", "page_indptr", "tree_indptr"), (I32, (ends,))),
@@ -175,6 +175,32 @@ def sine_and_cosine(angle: Expr) -> tuple[Expr, Expr]:
         return hold(T.Select(tirx.bitwise_and(quadrant, i32(2)) == 0, value, f32(0) - value))
 
     return signed(T.Select(odd, c, s), n), signed(T.Select(odd, s, c), n + 1)
+
+
+def tanh(x: Expr) -> Expr:
+    """Within 2e-7 of its own size, for any finite x: devices have at best a few bits, and some
+    overflow to NaN."""
+    size = hold(T.min(T.max(x, f32(0) - x), f32(10)))  # tanh(10) is 1 in float32
+    near = hold(T.min(size, f32(math.TANH_NEAR)))
+    small = near * _polynomial(math.TANH_COEFFICIENTS, near * near)
+    large = f32(1) - f32(2) / (T.exp2(size * f32(2 * math.LOG2_E)) + f32(1))
+    value = hold(T.Select(size < f32(math.TANH_NEAR), small, large))
+    return T.Select(x < f32(0), f32(0) - value, value)
+
+
+def score_scale(spec: KVCacheSpec, sm_scale: Expr) -> Expr:
+    """The factor of q.k in what `capped` takes."""
+    if spec.layer_window is not None:  # its sign says whether the layer is windowed
+        sm_scale = T.max(sm_scale, f32(0) - sm_scale)
+    return sm_scale * f32(math.LOG2_E if spec.softcap is None else 1 / spec.softcap)
+
+
+def capped(spec: KVCacheSpec, score: Expr) -> Expr:
+    """The score in base 2, softcap * tanh(score / softcap) where the model bounds it (Gemma 2,
+    arXiv 2408.00118)."""
+    if spec.softcap is None:
+        return score
+    return hold(tanh(hold(score)) * f32(spec.softcap * math.LOG2_E))
 
 
 def frequency(spec: KVCacheSpec, index: Expr) -> Expr:
@@ -238,7 +264,8 @@ class Span:
     """The keys that a group visits, numbered 0 to total - 1 without gaps.
 
     A slot is a place in the sequence; slot + shift is the runtime's number of the token in it. With
-    a window the `sinks` first slots come first, then, `gap` further on, those of the window.
+    a window the `sinks` first slots come first, then, `gap` further on, those of the window; a
+    layer's window has no sinks.
 
     Attributes:
         end: the sequence's slots in use.
@@ -254,7 +281,9 @@ class Span:
     shift: Expr = 0
 
     def slot(self, n: Expr) -> Expr:
-        return n if self.sinks is None else n + T.Select(n < self.sinks, i32(0), self.gap)
+        if self.sinks is None:
+            return n if isinstance(self.gap, int) else n + self.gap
+        return n + T.Select(n < self.sinks, i32(0), self.gap)
 
     def position(self, n: Expr, slot: Expr) -> Expr:
         """The runtime's number of key n; 0 where nothing depends on it."""
@@ -264,12 +293,15 @@ class Span:
 
 
 def paged_span(spec: KVCacheSpec, a: SimpleNamespace, b: Expr, position: Expr | None) -> Span:
-    """Cached keys of sequence b for rows from the runtime's number `position` on.
+    """Cached keys of sequence b for rows from the runtime's number `position` on, which only
+    windows need.
 
     Before a sequence first slides the runtime says no sink; the first `attention_sink` tokens are.
     """
     count = bind(a.page_indptr[b + 1] - a.page_indptr[b])
     end = hold(T.Select(count > 0, (count - 1) * PAGE_SIZE + a.length_info[b], i32(0)))
+    if spec.layer_window is not None:
+        return layer_span(spec, a, end, position, a.k_offset[b])
     if spec.sliding_window is None:
         return Span(end, end)
     batch = a.extent.batch
@@ -289,6 +321,25 @@ def window_start(spec: KVCacheSpec, position: Expr, shift: Expr, begin: Expr) ->
     """The first slot after the sinks that a row of this position sees."""
     reach = (spec.sliding_window or 0) - spec.attention_sink
     return T.max(position - shift - (reach - 1), begin)
+
+
+def layer_start(spec: KVCacheSpec, a: SimpleNamespace, position: Expr | None, offset: Expr) -> Expr:
+    """The first slot that a row of this position sees, where slot 0 has position `offset`: 0 in
+    layers without the window.
+
+    A node of a tree may come later than its position says: its row sees no key too few.
+    """
+    first = T.max(position - offset - ((spec.layer_window or 0) - 1), i32(0))
+    return hold(T.Select(a.sm_scale < f32(0), first, i32(0)))
+
+
+def layer_span(
+    spec: KVCacheSpec, a: SimpleNamespace, end: Expr, position: Expr | None, offset: Expr
+) -> Span:
+    """The keys that rows from `position` on may see, where slot 0 has position `offset`."""
+    offset = hold(offset)
+    first = hold(T.min(layer_start(spec, a, position, offset), end))
+    return Span(hold(end - first), end, gap=first, shift=offset)
 
 
 def page_element(spec: KVCacheSpec, page: Expr, head: Expr, slot: Expr) -> Expr:

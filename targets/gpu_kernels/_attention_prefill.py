@@ -18,7 +18,7 @@ from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
 from mlc_compile.errors import InputError
-from mlc_compile.targets.cpu_kernels._attn_math import LOG2_E, NEGATIVE
+from mlc_compile.targets.cpu_kernels._attn_math import NEGATIVE
 from mlc_compile.targets.gpu_kernels import _attention_ir as ir
 from mlc_compile.targets.gpu_kernels._attention_ir import (
     EMPTY,
@@ -113,6 +113,7 @@ def prefill(
     rows, keys, chunk, dims = tile.rows, tile.keys, tile.chunk, tile.dims
     d, q_heads, kv_heads = spec.head_dim, spec.num_qo_heads, spec.num_kv_heads
     group, window = spec.group_size, spec.sliding_window is not None
+    layered = spec.layer_window is not None
     height, width = rows * SIDE, keys * SIDE
     pitch, pitch_p, pitch_r = chunk * SIDE + 1, width + 1, SIDE + 1
     keys_at = height * pitch  # of the keys' piece in the stage
@@ -131,9 +132,24 @@ def prefill(
             found[1] -= T.Select(found[0] < 0, count, i32(0))
         return bind(found[0]), hold(found[1] * height)
 
-    def ragged_span(a: SimpleNamespace, b: Expr, ahead: Expr) -> Span:
-        """Keys of this round for rows from the one with `ahead` keys before it on."""
+    def lowest_position(a: SimpleNamespace, low: Expr, high: Expr) -> Expr:
+        """Of rows `low` to `high`: in a tree, and where sequences share a prefix, in no order."""
+        found = registers(1, "int32")
+        found[0] = a.q_position[low]
+        with T.serial(high - low) as i:
+            found[0] = T.min(found[0], a.q_position[low + (i + 1)])
+        return bind(found[0])
+
+    def ragged_span(a: SimpleNamespace, b: Expr, ahead: Expr, position: Expr | None) -> Span:
+        """Keys of this round for rows from the one with `ahead` keys before it on, or from the one
+        of this position on."""
         end = hold(a.kv_indptr[b + 1] - a.kv_indptr[b])
+        if layered and tree:  # no argument says where the keys begin, but the first row
+            row = bind(a.qo_indptr[b])
+            offset = a.q_position[row] + (a.qo_indptr[b + 1] - row) - end
+            return ir.layer_span(spec, a, end, position, offset)
+        if layered:
+            return ir.layer_span(spec, a, end, position, a.k_offset[b])
         if not window:
             return Span(end, end)
         # With sinks from the start: they are the first keys of the whole text.
@@ -166,6 +182,7 @@ def prefill(
         left, right = registers(rows), registers(max(keys, dims))
         q_row, low, high = (registers(rows, "int32") for _ in range(3))
         key_row, key_position = registers(keys, "int32"), registers(keys, "int32")
+        begin = registers(rows, "int32") if layered else low
         loader = ir.KeyLoader(spec, t)
         k, v = (a.pages, a.pages) if paged else (a.k, a.v)
 
@@ -174,10 +191,15 @@ def prefill(
         last = hold(T.min(first + height, q_len * group) - 1)
         token = hold(divide(first, group))
         key_start = bind(a.page_indptr[b] if paged else a.kv_indptr[b])
+        position = None
+        if layered:
+            position = lowest_position(a, q_start + token, q_start + divide(last, group))
+        elif paged and window:
+            position = a.q_position[q_start + token]
         if paged:
-            span = ir.paged_span(spec, a, b, a.q_position[q_start + token] if window else None)
+            span = ir.paged_span(spec, a, b, position)
         else:
-            span = ragged_span(a, b, token - q_len)
+            span = ragged_span(a, b, token - q_len, position)
         end, stop = span.end, span.total
         if causal is not None:
             seen = divide(last, group) + 1 + (end - q_len) - span.gap
@@ -192,7 +214,26 @@ def prefill(
             # [0]: the node's place in depth-first order, [1]: the end of its subtree
             return a.tree_order[(tree_start + node) * 2 + which]
 
-        # Row i sees slots low[i] (or its place in the tree) to high[i] - 1, and the sinks.
+        def is_above(node: Expr, place: Expr) -> Expr:
+            """Whether a node is that in this place, or an ancestor of it."""
+            return all_of(order(node, 0) <= place, place < order(node, 1))
+
+        def from_ancestor(a: SimpleNamespace, depth: Expr, place: Expr, otherwise: Expr) -> Expr:
+            """The slot of a node's first ancestor within the layer's window; `otherwise` where the
+            node lies less deep in the tree than that. Ancestors come in order."""
+            reach = spec.layer_window or 0
+            deep = hold(T.Select(all_of(a.sm_scale < f32(0), depth >= reach), nodes, i32(0)))
+            met, found = registers(1, "int32"), registers(1, "int32")
+            met[0], found[0] = i32(0), otherwise
+            with T.serial(deep) as i:
+                node = hold(nodes - 1 - i)
+                above = hold(T.Select(is_above(node, place), i32(1), i32(0)))
+                met[0] += above
+                found[0] = T.Select(all_of(above > 0, met[0] <= reach), stem + node, found[0])
+            return bind(found[0])
+
+        # Row i sees slots low[i] (or its place in the tree) to high[i] - 1, and the sinks; of
+        # these, in a layer with a window, from begin[i] on.
         for i in range(rows):
             row = hold(T.min(first + (y + i * SIDE), last))
             at = hold(divide(row, group))
@@ -204,16 +245,23 @@ def prefill(
             elif window:
                 where = a.q_position[q_start + at] - span.shift if paged else ahead
                 low[i] = window_start(spec, where, i32(0), span.begin + i32(0))
+            if layered:
+                position = bind(a.q_position[q_start + at])
+                begin[i] = ir.layer_start(spec, a, position, span.shift)
+                if tree:
+                    below_root = position - span.shift - stem
+                    begin[i] = from_ancestor(a, below_root, low[i], begin[i])
         top.fill(rows, EMPTY)
         total.fill(rows, 0)
         output.fill(rows * dims, 0)
 
         def visible(n: Expr, slot: Expr, i: int) -> Expr:
             sees = all_of(n < stop, slot < high[i])
+            if layered:
+                sees = all_of(sees, slot >= begin[i])
             if tree:
                 node = T.max(T.min(slot - stem, nodes - 1), 0)
-                below = all_of(order(node, 0) <= low[i], low[i] < order(node, 1))
-                return all_of(sees, tirx.any(slot < stem, below))
+                return all_of(sees, tirx.any(slot < stem, is_above(node, low[i])))
             if not window:
                 return sees
             first_keys = n < span.sinks if paged else span.shift + slot < spec.attention_sink
@@ -236,7 +284,7 @@ def prefill(
                 for u in range(chunk):
                     e = c * (chunk * SIDE) + (x + u * SIDE)
                     for i in range(rows):
-                        value = a.q[q_row[i] + inside(e)] * (a.sm_scale * f32(LOG2_E))
+                        value = a.q[q_row[i] + inside(e)] * ir.score_scale(spec, a.sm_scale)
                         if d % SIDE:
                             value = T.Select(e < d, value, f32(0))
                         stage[(y + i * SIDE) * pitch + (x + u * SIDE)] = value
@@ -258,7 +306,8 @@ def prefill(
                 slot = hold(span.slot(n))
                 for i in range(rows):
                     at = i * keys + j
-                    score[at] = T.Select(visible(n, slot, i), score[at], f32(NEGATIVE))
+                    value = ir.capped(spec, score[at])
+                    score[at] = T.Select(visible(n, slot, i), value, f32(NEGATIVE))
             for i in range(rows):
                 best = score[i * keys]
                 for j in range(1, keys):

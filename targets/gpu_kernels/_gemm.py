@@ -7,8 +7,10 @@ vectors of four rows and of four columns; it keeps `thread_m` x `thread_n` sums 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from tvm import tirx
 
@@ -95,18 +97,84 @@ class _Loader:
         return found
 
 
-def gemm(operands: Operands, scheme: QuantScheme | None, config: GemmConfig) -> None:
-    """One launch; grid x goes over the columns, so that groups in flight share rows of x."""
+class Tile(Protocol):
+    """The rows that one group computes. What row 4 * quad + r of the tile is, r being constant:"""
+
+    def x_row(self, quad: Expr, r: int) -> Expr:
+        """Row of x, of one that exists in any case."""
+
+    def out_row(self, quad: Expr, r: int) -> tuple[Expr, Expr]:
+        """Row of out, bound, and whether it is to be stored."""
+
+    def weight_row(self, row: Expr) -> Expr:
+        """Row of the weight's buffer that is a row of the weight."""
+
+
+@dataclass(frozen=True)
+class _Dense:
+    """Neighbouring rows from `row0` on."""
+
+    row0: Expr
+    n_rows: Expr | int
+
+    def x_row(self, quad: Expr, r: int) -> Expr:
+        last = i32(self.n_rows - 1) if isinstance(self.n_rows, int) else self.n_rows - i32(1)
+        return bind(tirx.min(self.row0 + quad * i32(QUAD) + i32(r), last))
+
+    def out_row(self, quad: Expr, r: int) -> tuple[Expr, Expr]:
+        row = bind(self.row0 + quad * i32(QUAD) + i32(r))
+        return row, row < self.n_rows
+
+    def weight_row(self, row: Expr) -> Expr:
+        return row
+
+
+class Tiles(Protocol):
+    """How rows fall into tiles."""
+
+    count: Expr | int
+    """Groups along grid y."""
+
+    def enter(self, tx: Expr, by: Expr) -> AbstractContextManager[Tile]:
+        """Emits what all threads of a group do before, and what is inside only if there is work."""
+
+
+class _DenseTiles:
+    """One after the other."""
+
+    def __init__(self, n_rows: Expr | int, tile_m: int) -> None:
+        self.count = groups(n_rows, tile_m)
+        self._n_rows, self._tile_m = n_rows, tile_m
+
+    @contextmanager
+    def enter(self, tx: Expr, by: Expr) -> Iterator[Tile]:
+        yield _Dense(bind(by * i32(self._tile_m)), self._n_rows)
+
+
+def gemm(
+    operands: Operands,
+    scheme: QuantScheme | None,
+    config: GemmConfig,
+    tiles: Tiles | None = None,
+) -> None:
+    """One launch; grid x goes over the columns, so that groups in flight share rows of x.
+
+    tiles: other than neighbouring rows and one weight.
+    """
     n, k, out = operands.n, operands.k, operands.out
     tile_m, tile_n, depth = config.tile_m, config.tile_n, config.depth
     quads_m, quads_n = tile_m // QUAD, tile_n // QUAD
     across, down = tile_n // config.thread_n, tile_m // config.thread_m
-    x = _KMajor(operands.x, operands.n_rows, k)
-    weight = _KMajor(operands.weight[0], n, k) if scheme is None else _Packed(operands, scheme)
+    tiles = tiles or _DenseTiles(operands.n_rows, tile_m)
+    x = _KMajor(operands.x, k)
+    weight = _KMajor(operands.weight[0], k) if scheme is None else _Packed(operands, scheme)
     out_lanes = widest(n)
     out_view = view(out, (operands.n_rows, n // out_lanes), out_lanes)
-    with launch(config.threads, groups(n, tile_n), groups(operands.n_rows, tile_m)) as (tx, bx, by):
-        row0, column0 = bind(by * i32(tile_m)), bind(bx * i32(tile_n))
+    with (
+        launch(config.threads, groups(n, tile_n), tiles.count) as (tx, bx, by),
+        tiles.enter(tx, by) as tile,
+    ):
+        column0 = bind(bx * i32(tile_n))
         thread_n = bind(tirx.truncmod(tx, i32(across)))
         thread_m = bind(tirx.truncdiv(tx, i32(across)))
         a = shared([depth * quads_m], F32X4)
@@ -116,10 +184,18 @@ def gemm(operands: Operands, scheme: QuantScheme | None, config: GemmConfig) -> 
         for i in range(config.thread_m * chunks_n):
             store(sums, [i], splat(f32(0.0), QUAD))
         loader = _Loader(tx, config.threads)
+
+        def weight_row(quad: Expr, r: int) -> Expr:
+            row = tirx.min(column0 + quad * i32(QUAD) + i32(r), i32(n - 1))
+            return bind(tile.weight_row(row))
+
         with loop(-(-k // depth)) as turn:
             k0 = bind(turn * i32(depth))
-            x.fill(a, loader, row0, k0, tile_m, depth)
-            weight.fill(b, loader, column0, k0, tile_n, depth)
+            x.fill(a, loader, tile.x_row, k0, tile_m, depth)
+            if isinstance(weight, _KMajor):
+                weight.fill(b, loader, weight_row, k0, tile_n, depth)
+            else:
+                weight.fill(b, loader, tile, column0, k0, tile_n, depth)
             barrier()
             with loop(depth) as kk:
                 av = [
@@ -137,19 +213,21 @@ def gemm(operands: Operands, scheme: QuantScheme | None, config: GemmConfig) -> 
                         store(sums, [at], load(sums, at) + ai * bv[c])
             barrier()
         for i in range(config.thread_m):
-            row = bind(row0 + (thread_m + i32(i // QUAD * down)) * i32(QUAD) + i32(i % QUAD))
+            row, exists = tile.out_row(thread_m + i32(i // QUAD * down), i % QUAD)
             for c in range(chunks_n):
                 column = bind(column0 + (thread_n + i32(c * across)) * i32(QUAD))
                 total = bind(load(sums, i * chunks_n + c))
-                _store_quad(operands, out_view, row, column, total)
+                _store_quad(operands, out_view, row, exists, column, total)
 
 
-def _store_quad(operands: Operands, out: Buffer, row: Expr, column: Expr, total: Expr) -> None:
+def _store_quad(
+    operands: Operands, out: Buffer, row: Expr, exists: Expr, column: Expr, total: Expr
+) -> None:
     """out[row, column .. column + 3] = total + bias, as far as they exist."""
     n, bias = operands.n, operands.bias
     lanes = out.dtype.lanes if hasattr(out.dtype, "lanes") else 1
     if lanes == QUAD:
-        with when(tirx.all(row < operands.n_rows, column < i32(n))):
+        with when(tirx.all(exists, column < i32(n))):
             if bias is not None:
                 offsets = [load_f32(bias, column + i32(j)) for j in range(QUAD)]
                 total = total + concat(offsets)
@@ -158,7 +236,7 @@ def _store_quad(operands: Operands, out: Buffer, row: Expr, column: Expr, total:
         return
     for j in range(QUAD):
         at = bind(column + i32(j))
-        with when(tirx.all(row < operands.n_rows, at < i32(n))):
+        with when(tirx.all(exists, at < i32(n))):
             value = lane(total, j)
             if bias is not None:
                 value = value + load_f32(bias, at)
@@ -168,10 +246,10 @@ def _store_quad(operands: Operands, out: Buffer, row: Expr, column: Expr, total:
 class _KMajor:
     """A matrix [rows, k] of floats, contiguous along k."""
 
-    def __init__(self, buffer: Buffer, rows: Expr | int, k: int) -> None:
-        self.rows, self.k = rows, k
+    def __init__(self, buffer: Buffer, k: int) -> None:
+        self.k = k
         self.lanes = widest(k)
-        self._vectors = view(buffer, (rows, k // self.lanes), self.lanes)
+        self._vectors = view(buffer, (buffer.shape[0], k // self.lanes), self.lanes)
 
     def _quad(self, row: Expr, k0: Expr, guarded: bool) -> list[Expr]:
         """Elements k0 .. k0 + 3 as float32, zero beyond k."""
@@ -186,37 +264,32 @@ class _KMajor:
         return found
 
     def fill(
-        self, tile: Buffer, loader: _Loader, row0: Expr, k0: Expr, rows: int, depth: int
+        self,
+        tile: Buffer,
+        loader: _Loader,
+        row_of: Callable[[Expr, int], Expr],
+        k0: Expr,
+        rows: int,
+        depth: int,
     ) -> None:
-        """tile[kk, quad] = the four rows row0 + 4 quad .. of column k0 + kk; rows beyond the last
-        repeat it."""
+        """tile[kk, quad] = the four rows row_of(quad, ..) of column k0 + kk."""
         across, quads = depth // QUAD, rows // QUAD
-        last = self.rows - 1 if isinstance(self.rows, int) else self.rows - i32(1)
         for item, exists in loader.each(across * quads):
-            _guarded(
-                exists, lambda item=item: self._fill(tile, item, row0, k0, across, quads, last)
-            )
+            _guarded(exists, lambda item=item: self._fill(tile, item, row_of, k0, across, quads))
 
     def _fill(
         self,
         tile: Buffer,
         item: Expr,
-        row0: Expr,
+        row_of: Callable[[Expr, int], Expr],
         k0: Expr,
         across: int,
         quads: int,
-        last: Expr | int,
     ) -> None:
         depth = across * QUAD
         kq, quad = bind(tirx.truncmod(item, i32(across))), bind(tirx.truncdiv(item, i32(across)))
         at = bind(k0 + kq * i32(QUAD))
-        bound = i32(last) if isinstance(last, int) else last
-        rows = [
-            self._quad(
-                bind(tirx.min(row0 + quad * i32(QUAD) + i32(r), bound)), at, self.k % depth != 0
-            )
-            for r in range(QUAD)
-        ]
+        rows = [self._quad(row_of(quad, r), at, self.k % depth != 0) for r in range(QUAD)]
         for j in range(QUAD):
             value = concat([row[j] for row in rows])
             store(tile, [(kq * i32(QUAD) + i32(j)) * i32(quads) + quad], value)
@@ -237,7 +310,14 @@ class _Packed:
         self._words, self._scales = words, scales
 
     def fill(
-        self, tile: Buffer, loader: _Loader, column0: Expr, k0: Expr, columns: int, depth: int
+        self,
+        tile: Buffer,
+        loader: _Loader,
+        rows: Tile,
+        column0: Expr,
+        k0: Expr,
+        columns: int,
+        depth: int,
     ) -> None:
         """tile[kk, quad] = the weights of columns column0 + 4 quad .. at k0 + kk."""
         scheme = self.scheme
@@ -249,13 +329,14 @@ class _Packed:
         for item, exists in loader.each(words * quads * parts):
             _guarded(
                 exists,
-                lambda item=item: self._fill(tile, item, column0, k0, words, quads, parts),
+                lambda item=item: self._fill(tile, item, rows, column0, k0, words, quads, parts),
             )
 
     def _fill(
         self,
         tile: Buffer,
         item: Expr,
+        rows: Tile,
         column0: Expr,
         k0: Expr,
         words: int,
@@ -277,7 +358,7 @@ class _Packed:
         if scheme.num_words(self.k) % words:
             index = bind(tirx.min(index, i32(last_word)))  # x is zero there
         group = bind(tirx.truncdiv(index, i32(scheme.words_per_group)))
-        loaded, scale = self._load(bind(column0 + quad * i32(QUAD)), index, group)
+        loaded, scale = self._load(rows, bind(column0 + quad * i32(QUAD)), index, group)
         first = bind(part * i32(per_part))
         for e in range(per_part):
             position = bind(cast((first + i32(e)) * i32(scheme.bits), "uint32"))
@@ -285,13 +366,16 @@ class _Packed:
             at = (word * i32(per_word) + first + i32(e)) * i32(quads) + quad
             store(tile, [at], concat(values))
 
-    def _load(self, column: Expr, word: Expr, group: Expr) -> tuple[Sequence[Expr], Sequence[Expr]]:
+    def _load(
+        self, rows: Tile, column: Expr, word: Expr, group: Expr
+    ) -> tuple[Sequence[Expr], Sequence[Expr]]:
         """Words and scales of four columns; columns beyond the last repeat it."""
         if not self.kn:
-            rows = [bind(tirx.min(column + i32(j), i32(self.n - 1))) for j in range(QUAD)]
+            last = i32(self.n - 1)
+            at = [bind(rows.weight_row(tirx.min(column + i32(j), last))) for j in range(QUAD)]
             return (
-                [bind(load(self._words, row, word)) for row in rows],
-                [bind(load_f32(self._scales, row, group)) for row in rows],
+                [bind(load(self._words, row, word)) for row in at],
+                [bind(load_f32(self._scales, row, group)) for row in at],
             )
         words, scales = [], []
         for j in range(0, QUAD, self.lanes):

@@ -178,7 +178,8 @@ def gemm(operands: Operands, scheme: QuantScheme | None, config: SimdgroupConfig
                 total = bind(load(staged, _span(mine + item * i32(QUAD), QUAD)))
                 row = bind(row0 + part_row + i32(SIDE * i) + line)
                 column = bind(column0 + part_column + quad * i32(QUAD))
-                _store_quad(operands, out_view, row, column, total)
+                exists = row < operands.n_rows
+                _store_quad(operands, out_view, row, exists, column, total)
             if i + 1 < down:
                 barrier()
 

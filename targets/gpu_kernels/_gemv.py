@@ -11,8 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from tvm import tirx
+from tvm.tirx.script.builder import ir as T
 
 from mlc_compile.quantization.scheme import QuantScheme
 from mlc_compile.targets.gpu_kernels._emit import (
@@ -32,18 +34,22 @@ from mlc_compile.targets.gpu_kernels._emit import (
     shared,
     store,
     store_float,
+    u32,
     when,
 )
 from mlc_compile.targets.gpu_kernels._packed import (
     Decode,
     as_f32,
     fields,
+    halves,
     lanes_of,
     load_or_zero,
+    splat,
     view,
     widest,
 )
 from mlc_compile.targets.gpu_kernels.device import GPUDevice
+from mlc_compile.targets.gpu_kernels.elementwise import ACTIVATIONS
 
 
 @dataclass(frozen=True)
@@ -55,7 +61,6 @@ class GemvConfig:
     rows: weight rows ("NK", any number) or columns ("KN": 1, 2 or 4) of a thread.
     words: words (plain weights: elements) in one load: 1, 2 or 4; layout "NK" only.
     unroll: loads of a thread's row in flight in one turn of the loop; layout "NK" only.
-    stage: x is copied to group memory first, in the order in which lanes read it; "NK" only.
     decode: how a code becomes a number.
     """
 
@@ -64,7 +69,6 @@ class GemvConfig:
     rows: int = 4
     words: int = 1
     unroll: int = 1
-    stage: bool = False
     decode: Decode = "bytes"
 
     @property
@@ -74,11 +78,17 @@ class GemvConfig:
     @property
     def label(self) -> str:
         """A short name, for tables."""
-        stage = "s" if self.stage else ""
-        return (
-            f"l{self.lanes}t{self.teams}r{self.rows}w{self.words}u{self.unroll}{stage}"
-            f"{self.decode[0]}"
-        )
+        return f"l{self.lanes}t{self.teams}r{self.rows}w{self.words}u{self.unroll}{self.decode[0]}"
+
+
+class Choice(Protocol):
+    """Whose weight a row of the output is of, where there are many; see experts.py."""
+
+    def weight_begin(self, by: Expr) -> Expr:
+        """The first row of that weight."""
+
+    def x_row(self, by: Expr) -> Expr:
+        """The row of x."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +96,9 @@ class Operands:
     """The buffers of a product, as the function's parameters.
 
     n_rows: rows of x; m: those that one group of threads computes (grid y covers the others).
+    norm, norm_eps, residual, gated: what LinearSpec calls so (norm_weight, activation); for one row
+    and weights in layout "NK".
+    choice: of experts; then `weight` has the rows of all, n_rows are those of out, and m is 1.
     """
 
     x: Buffer
@@ -96,23 +109,76 @@ class Operands:
     k: int
     n_rows: Expr | int
     m: int
+    norm: Buffer | None = None
+    norm_eps: float = 0.0
+    residual: Buffer | None = None
+    gated: bool = False
+    choice: Choice | None = None
+
+    @property
+    def width(self) -> int:
+        """Columns of the output."""
+        return self.n // 2 if self.gated else self.n
 
     def row_index(self, by: Expr, m: int) -> Expr:
         """Row of x for loading: the last one again where there is none."""
+        if self.choice is not None:
+            return self.choice.x_row(by)
         if self.m == 1 and isinstance(self.n_rows, int):
             return i32(0)
         return bind(tirx.min(by * i32(self.m) + i32(m), self.n_rows - i32(1)))
 
-    def store(self, by: Expr, m: Expr | int, column: Expr, total: Expr) -> None:
-        """out[m-th row of the group, column] = total + bias, where both exist."""
-        row = bind(by * i32(self.m) + m)
-        inside = column < i32(self.n)
-        if not (self.m == 1 and isinstance(self.n_rows, int)):
-            inside = tirx.all(inside, row < self.n_rows)
+
+class _Output:
+    """What happens to a finished sum: bias, activation and residual, then the store.
+
+    With one row, thread q of a group stores its q-th result, and `prepare` loads what that takes
+    before the weights are read: after them, each load would be waited for alone.
+    """
+
+    def __init__(self, operands: Operands, results: int, tx: Expr) -> None:
+        self.operands, self._tx, self._results = operands, tx, results
+        self._held: dict[str, Expr] = {}
+
+    def prepare(self, column: Expr, threads: int) -> None:
+        """column: of result `tx`; for one row, called once."""
+        if self._results > threads:
+            return
+        loads = self._loads(column)
+        cells = registers(len(loads)) if loads else None
+        with when(tirx.all(self._tx < i32(self._results), column < i32(self.operands.width))):
+            for i, value in enumerate(loads.values()):
+                store(cells, [i], value)
+        self._held = {name: load(cells, i) for i, name in enumerate(loads)}
+
+    def _loads(self, column: Expr) -> dict[str, Expr]:
+        o = self.operands
+        found = {}
+        if o.bias is not None:
+            found["bias"] = load_f32(o.bias, column)
+            if o.gated:
+                found["up_bias"] = load_f32(o.bias, column + i32(o.width))
+        if o.residual is not None:
+            found["residual"] = load_f32(o.residual, i32(0), column)
+        return found
+
+    def store(self, row: Expr, column: Expr, totals: Sequence[Expr]) -> None:
+        """out[row, column] from the sum, or for a gated product from those of gate and up."""
+        o = self.operands
+        inside = column < i32(o.width)
+        if not (o.m == 1 and isinstance(o.n_rows, int)):
+            inside = tirx.all(inside, row < o.n_rows)
         with when(inside):
-            if self.bias is not None:
-                total = total + load_f32(self.bias, column)
-            store_float(self.out, [row, column], total)
+            others = self._held or self._loads(column)
+            value, *up = totals
+            if "bias" in others:
+                value = value + others["bias"]
+                up = [up[0] + others["up_bias"]] if up else []
+            if up:
+                value = ACTIVATIONS["silu"](bind(value)) * up[0]
+            if "residual" in others:
+                value = value + others["residual"]
+            store_float(o.out, [row, column], value)
 
 
 class _Sums:
@@ -140,10 +206,11 @@ def _reduce(
     outputs: int,
     terms: int,
     at: Callable[[Expr, Expr | int], Expr],
-    finish: Callable[[Expr, Expr], None],
+    results: int,
+    finish: Callable[[Expr, Callable[[Expr], Expr]], None],
 ) -> None:
-    """finish(q, sum over j < terms of slots[at(q, j)]) for q < outputs; slots are written before,
-    without a barrier.
+    """finish(p, total) for p < results, where total(q), q < outputs, is the sum over j < terms of
+    slots[at(q, j)]; slots are written before, without a barrier.
 
     With many terms, helpers first sum some each: a second barrier, but shorter chains.
     """
@@ -159,7 +226,12 @@ def _reduce(
 
     barrier()
     helpers = 1
-    while terms > 32 and terms // helpers > 8 and 2 * helpers * outputs <= threads:
+    while (
+        terms > 32
+        and terms // helpers > 8
+        and terms % (2 * helpers) == 0
+        and 2 * helpers * outputs <= threads
+    ):
         helpers *= 2
     if helpers > 1:
         cell = registers(1)
@@ -173,17 +245,17 @@ def _reduce(
         barrier()
         terms = helpers
 
-    def one(q: Expr) -> None:
-        finish(q, bind(total(q, i32(0), terms, 1)))
+    def one(p: Expr) -> None:
+        finish(p, lambda q: bind(total(q, i32(0), terms, 1)))
 
-    if outputs <= threads:
-        with when(tx < i32(outputs)):
+    if results <= threads:
+        with when(tx < i32(results)):
             one(tx)
     else:
-        with loop(-(-outputs // threads)) as turn:
-            q = bind(turn * i32(threads) + tx)
-            with when(q < i32(outputs)):
-                one(q)
+        with loop(-(-results // threads)) as turn:
+            p = bind(turn * i32(threads) + tx)
+            with when(p < i32(results)):
+                one(p)
 
 
 class _Rows:
@@ -192,19 +264,25 @@ class _Rows:
     pieces: of one row. Piece p of row r is `load(r, p)`; `add` adds its product with x.
     """
 
-    def __init__(self, operands: Operands, scheme: QuantScheme | None, config: GemvConfig) -> None:
-        self.scheme, self.decode = scheme, config.decode
-        n, k = operands.n, operands.k
+    def __init__(
+        self,
+        operands: Operands,
+        scheme: QuantScheme | None,
+        config: GemvConfig,
+        device: GPUDevice,
+    ) -> None:
+        self.scheme, self.decode, self.device = scheme, config.decode, device
+        rows, k = operands.weight[0].shape[0], operands.k
         if scheme is None:
             self.lanes = widest(k, most=config.words)
             self.size, self.pieces = self.lanes, k // self.lanes
-            self._words = view(operands.weight[0], (n, self.pieces), self.lanes)
+            self._words = view(operands.weight[0], (rows, self.pieces), self.lanes)
             return
         self.lanes = widest(scheme.words_per_group, most=config.words)
         self.size = self.lanes * scheme.elems_per_word
         self.pieces = scheme.num_words(k) // self.lanes
         self.per_group = scheme.words_per_group // self.lanes
-        self._words = view(operands.weight[0], (n, self.pieces), self.lanes)
+        self._words = view(operands.weight[0], (rows, self.pieces), self.lanes)
         self._scales = operands.weight[1]
 
     def load(self, row: Expr, piece: Expr) -> tuple[Expr, Expr | None]:
@@ -230,7 +308,9 @@ class _Rows:
             return
         totals = [bind(_sum(x)) for x in xs]
         for r, (words, scale) in enumerate(loaded):
-            found = [fields(w, self.scheme, self.decode) for w in map(bind, lanes_of(words))]
+            found = [
+                fields(w, self.scheme, self.decode, self.device) for w in map(bind, lanes_of(words))
+            ]
             values = [v for f in found for v in f.values]
             if len(xs) > 1:
                 values = [bind(v) for v in values]
@@ -256,148 +336,156 @@ def _sum(xs: Sequence[Expr]) -> Expr:
 
 
 class _X:
-    """Rows of x, read in pieces of `size` elements as bound float32 scalars."""
+    """Rows of K numbers, read in pieces of `size` elements as bound float32 scalars, as few loads
+    as there can be: neighbouring threads read `size` elements apart, and each load takes the time
+    of all the cache lines that it touches."""
 
-    def __init__(self, operands: Operands, size: int) -> None:
-        self.k, self.size = operands.k, size
-        self.lanes = widest(self.k, size)
-        self._vectors = view(operands.x, (operands.n_rows, self.k // self.lanes), self.lanes)
-
-    def vector(self, row: Expr, index: Expr, padded: bool) -> Expr:
-        """padded: the index may lie beyond K, where x counts as zero."""
-        valid = index < i32(self.k // self.lanes) if padded else None
-        return load_or_zero(self._vectors, [row, index], valid)
+    def __init__(
+        self, buffer: Buffer, rows: Expr | int, k: int, size: int, device: GPUDevice
+    ) -> None:
+        self.k, self.size, self.device = k, size, device
+        self.halves = str(buffer.dtype) == "float16" and k % 8 == 0 and size % 8 == 0
+        self.lanes = 8 if self.halves else widest(k, size)
+        shape = (rows, k // self.lanes)
+        if self.halves:
+            self._vectors = view(buffer, shape, 4, "uint32")
+        else:
+            self._vectors = view(buffer, shape, self.lanes)
 
     def load(self, row: Expr, piece: Expr, padded: bool) -> list[Expr]:
-        found = []
+        """padded: the piece may lie beyond K, where the numbers count as zero."""
         count = self.size // self.lanes
-        for j in range(count):
-            index = bind(piece * i32(count) + i32(j))
-            found += lanes_of(bind(self.vector(row, index, padded)))
-        return found
+        indices = [bind(piece * i32(count) + i32(j)) for j in range(count)]
+        valid = [index < i32(self.k // self.lanes) if padded else None for index in indices]
+        if not self.halves:
+            found = [
+                bind(load_or_zero(self._vectors, [row, i], v))
+                for i, v in zip(indices, valid, strict=True)
+            ]
+            return [value for vector in found for value in lanes_of(vector)]
+        words = []
+        for index, inside in zip(indices, valid, strict=True):
+            word = load(self._vectors, row, index)
+            if inside is not None:
+                word = tirx.if_then_else(inside, word, splat(u32(0), 4))
+            words.append(bind(word))
+        return [
+            value
+            for word in words
+            for part in lanes_of(word)
+            for value in halves(bind(part), self.device)
+        ]
 
 
 def gemv_nk(
     operands: Operands, scheme: QuantScheme | None, config: GemvConfig, device: GPUDevice
 ) -> None:
-    """One launch over a weight that is contiguous along K: packed "NK", or plain."""
-    weight = _Rows(operands, scheme, config)
-    x = _X(operands, weight.size)
-    lanes, teams, rows, m = config.lanes, config.teams, config.rows, operands.m
-    tile = teams * rows
-    outputs = tile * m
-    padded = weight.pieces * weight.size > operands.k
-    grid_y = 1 if isinstance(operands.n_rows, int) else groups(operands.n_rows, m)
-    with launch(config.threads, groups(operands.n, tile), grid_y) as (tx, bx, by):
-        team, lane = bind(tirx.truncdiv(tx, i32(lanes))), bind(tirx.truncmod(tx, i32(lanes)))
-        first = bind(bx * i32(tile) + team * i32(rows))
-        last = i32(operands.n - 1)
-        at = [bind(tirx.min(first + i32(r), last)) for r in range(rows)]
-        x_rows = [operands.row_index(by, i) for i in range(m)]
-        sums = _Sums(m, rows)
+    """One launch over a weight that is contiguous along K: packed "NK", or plain.
 
-        def pieces(indices: Sequence[Expr], read: Callable[[Expr, Expr], list[Expr]]) -> None:
+    A norm of x costs no pass of its own: a team meets all of x, so that the sum of its squares is
+    one more sum, and the products, with x times the norm's weight, are scaled at the end.
+    """
+    weight = _Rows(operands, scheme, config, device)
+    k, width = operands.k, operands.width
+    x = _X(operands.x, operands.x.shape[0], k, weight.size, device)
+    norm = None if operands.norm is None else _X(_row(operands.norm), 1, k, weight.size, device)
+    lanes, teams, rows, m = config.lanes, config.teams, config.rows, operands.m
+    unroll = 1 if weight.pieces % lanes else config.unroll
+    while weight.pieces % lanes == 0 and weight.pieces % (lanes * unroll):
+        unroll -= 1
+    turn = lanes * unroll
+    own = rows // 2 if operands.gated else rows  # results of a team
+    tile = teams * own
+    results, outputs = tile * m, teams * rows * m
+    padded = weight.pieces * weight.size > k
+    grid_y = groups(operands.n_rows, m)
+    with launch(config.threads, groups(width, tile), grid_y) as (tx, bx, by):
+        team, lane = bind(tirx.truncdiv(tx, i32(lanes))), bind(tirx.truncmod(tx, i32(lanes)))
+        x_rows = [operands.row_index(by, i) for i in range(m)]
+        output = _Output(operands, results, tx)
+        if m == 1:
+            output.prepare(bind(bx * i32(tile) + tx), config.threads)
+        pitch = lanes + 1  # threads that sum neighbouring outputs meet no common bank
+        slots = shared([(outputs + (teams if norm is not None else 0)) * pitch], F32)
+        squares = _Sums(1, 1)
+
+        def weight_rows() -> list[Expr]:
+            """Those of the team."""
+            first = bind(bx * i32(tile) + team * i32(own))
+            at = [bind(tirx.min(first + i32(r), i32(width - 1))) for r in range(own)]
+            if operands.gated:
+                at += [bind(row + i32(width)) for row in at]
+            if operands.choice is not None:
+                begin = operands.choice.weight_begin(by)
+                at = [bind(begin + row) for row in at]
+            return at
+
+        def load_x(row: Expr, piece: Expr) -> list[Expr]:
+            values = x.load(row, piece, padded)
+            if norm is not None:
+                squares.add(0, 0, _dot(values, values))
+                factors = norm.load(i32(0), piece, padded)
+                values = [bind(v * f) for v, f in zip(values, factors, strict=True)]
+            return values
+
+        sums, at = _Sums(m, rows), weight_rows()
+
+        def pieces(indices: Sequence[Expr]) -> None:
             loaded = [[weight.load(row, piece) for row in at] for piece in indices]
             for words, piece in zip(loaded, indices, strict=True):
-                weight.add(words, [read(row, piece) for row in x_rows], sums)
+                weight.add(words, [load_x(row, piece) for row in x_rows], sums)
 
-        def walk(begin: Expr | int, count: int, read: Callable[[Expr, Expr], list[Expr]]) -> None:
-            """Pieces begin .. begin + count - 1 as far as they exist, shared out among the lanes.
-
-            One copy of the body, as a browser compiles it at every load of the model.
-            """
-            partial = count % lanes or weight.pieces % count
-            unroll = 1 if partial else config.unroll
-            while count % (lanes * unroll) and not partial:
-                unroll -= 1
-            turn = lanes * unroll
-            with loop(-(-count // turn)) as i:
-                start = bind(i * i32(turn) + (lane + begin))
-                if partial:
-                    with when(start < i32(weight.pieces)):
-                        pieces([start], read)
-                else:
-                    pieces([bind(start + i32(u * lanes)) for u in range(unroll)], read)
-
-        pitch = lanes + 1  # threads that sum neighbouring outputs meet no common bank
-        slots = shared([outputs * pitch], F32)
-        stage = None
-        if config.stage and m == 1 and x.lanes == 4:
-            spare = (device.shared_bytes - 4 * outputs * pitch) // (4 * weight.size) - 1
-            stage = _stage(x, weight.pieces, lanes * config.unroll, spare)
-        if stage is None:
-            walk(i32(0), weight.pieces, lambda row, piece: x.load(row, piece, padded))
-        else:
-            # TVM gives one place to arrays that do not live at once, also where their types differ
-            # (invalid WGSL) and no barrier lies between: this store makes the two overlap.
-            store(slots, [tx], f32(0.0))
-            turns = -(-weight.pieces // stage.pieces)
-            with loop(turns) as i:
-                begin = bind(i * i32(stage.pieces))
-                stage.fill(tx, config.threads, begin, weight.pieces * weight.size)
-                barrier()
-                walk(begin, stage.pieces, lambda _, piece: stage.load(piece - begin))
-                if turns > 1:
-                    barrier()
-
-        def finish(q: Expr, total: Expr) -> None:
-            # q = (m * teams + team) * rows + r
-            column = bind(bx * i32(tile) + tirx.truncmod(q, i32(tile)))
-            operands.store(by, tirx.truncdiv(q, i32(tile)), column, total)
-
+        # One copy of the body, as a browser compiles it at every load of the model.
+        with loop(-(-weight.pieces // turn)) as i:
+            start = bind(i * i32(turn) + lane)
+            if weight.pieces % lanes:
+                with when(start < i32(weight.pieces)):
+                    pieces([start])
+            else:
+                pieces([bind(start + i32(u * lanes)) for u in range(unroll)])
         for i in range(m):
             for r in range(rows):
-                q = i32(i * tile) + team * i32(rows) + i32(r)
+                q = i32(i * teams * rows + r) + team * i32(rows)
                 store(slots, [q * i32(pitch) + lane], sums.get(i, r))
+        if norm is not None:
+            store(slots, [(team + i32(outputs)) * i32(pitch) + lane], squares.get(0, 0))
+
+        def finish(p: Expr, total: Callable[[Expr], Expr]) -> None:
+            # p = m * tile + u; u = team * own + r; its sums are of q = p, or, gated, of
+            # q = team * rows + r and q + own.
+            u = bind(tirx.truncmod(p, i32(tile))) if m > 1 else p
+            its_team = tirx.truncdiv(u, i32(own))
+            if operands.gated:
+                q = bind(its_team * i32(own) + u)
+                totals = [total(q), total(bind(q + i32(own)))]
+            else:
+                totals = [total(p)]
+            if norm is not None:
+                mean = total(bind(its_team + i32(outputs))) * f32(1 / k)
+                scale = bind(f32(1) / tirx.sqrt(mean + f32(operands.norm_eps)))
+                totals = [bind(value * scale) for value in totals]
+            row = bind(by * i32(m) + tirx.truncdiv(p, i32(tile))) if m > 1 else by
+            output.store(row, bind(bx * i32(tile) + u), totals)
+
         _reduce(
             slots,
             tx,
             threads=config.threads,
-            outputs=outputs,
+            outputs=outputs + (teams if norm is not None else 0),
             terms=lanes,
             at=lambda q, j: q * i32(pitch) + j,
+            results=results,
             finish=finish,
         )
 
 
-class _Stage:
-    """A stretch of x as float32 in group memory, where lanes that take neighbouring pieces read
-    neighbouring vectors; from x itself they would read `size` elements apart."""
-
-    def __init__(self, x: _X, pieces: int) -> None:
-        self.x, self.pieces = x, pieces
-        self.vectors = x.size // 4  # of a piece
-        self.pitch = pieces + 1
-        self._slots = shared([self.vectors * self.pitch], "float32x4")
-
-    def fill(self, tx: Expr, threads: int, begin: Expr, padded_k: int) -> None:
-        """Copy `pieces` pieces from `begin` on, zeros beyond K."""
-        total = self.pieces * self.vectors
-        padded = padded_k > self.x.k or padded_k % (4 * total) != 0
-        with loop(-(-total // threads)) as turn:
-            i = bind(turn * i32(threads) + tx)
-            with when(i < i32(total)):
-                value = bind(self.x.vector(i32(0), begin * i32(self.vectors) + i, padded))
-                slot = tirx.truncmod(i, i32(self.vectors)) * i32(self.pitch)
-                store(self._slots, [slot + tirx.truncdiv(i, i32(self.vectors))], value)
-
-    def load(self, piece: Expr) -> list[Expr]:
-        """The elements of a piece, counted from the stretch's begin, as bound scalars."""
-        found = []
-        for j in range(self.vectors):
-            found += lanes_of(bind(load(self._slots, piece + i32(j * self.pitch))))
-        return found
+def _row(vector: Buffer) -> Buffer:
+    """A vector as the only row of a matrix."""
+    (k,) = vector.shape
+    return T.decl_buffer([i32(1), k], str(vector.dtype), data=vector.data, layout=None)
 
 
-def _stage(x: _X, pieces: int, turn: int, most: int) -> _Stage | None:
-    """Group memory for x, `most` pieces at a time at most; None where that is too little."""
-    if pieces > most:
-        turns = -(-pieces // (most // turn * turn)) if most >= turn else 0
-        pieces = -(-pieces // (turns * turn)) * turn if turns else 0
-    return _Stage(x, pieces) if pieces else None
-
-
-def gemv_kn(operands: Operands, scheme: QuantScheme, config: GemvConfig) -> None:
+def gemv_kn(operands: Operands, scheme: QuantScheme, config: GemvConfig, device: GPUDevice) -> None:
     """One launch over a packed weight whose columns are contiguous along N."""
     n, k, m = operands.n, operands.k, operands.m
     columns = widest(n, most=config.rows)
@@ -406,7 +494,7 @@ def gemv_kn(operands: Operands, scheme: QuantScheme, config: GemvConfig) -> None
     num_groups, per_group = scheme.num_groups(k), scheme.words_per_group
     words = view(operands.weight[0], (scheme.num_words(k), n // columns), columns)
     scales = view(operands.weight[1], (num_groups, n // columns), columns)
-    x = _X(operands, scheme.elems_per_word)
+    x = _X(operands.x, operands.n_rows, k, scheme.elems_per_word, device)
     padded = scheme.num_words(k) * scheme.elems_per_word > k
     grid_y = 1 if isinstance(operands.n_rows, int) else groups(operands.n_rows, m)
     with launch(config.threads, groups(n, tile), grid_y) as (tx, bx, by):
@@ -427,7 +515,7 @@ def gemv_kn(operands: Operands, scheme: QuantScheme, config: GemvConfig) -> None
                 for i in range(m):
                     totals.add(i, 0, _sum(xs[i]))
                 for c, word in enumerate(map(bind, lanes_of(loaded))):
-                    found = fields(word, scheme, config.decode)
+                    found = fields(word, scheme, config.decode, device)
                     values = [bind(v) for v in found.values] if m > 1 else found.values
                     for i in range(m):
                         partial.add(i, c, _dot(values, xs[i]))
@@ -447,9 +535,11 @@ def gemv_kn(operands: Operands, scheme: QuantScheme, config: GemvConfig) -> None
             else:
                 group(g)
 
-        def finish(q: Expr, total: Expr) -> None:
-            column = bind(bx * i32(tile) + tirx.truncmod(q, i32(tile)))
-            operands.store(by, tirx.truncdiv(q, i32(tile)), column, total)
+        output = _Output(operands, tile * m, tx)
+
+        def finish(q: Expr, total: Callable[[Expr], Expr]) -> None:
+            row = bind(by * i32(m) + tirx.truncdiv(q, i32(tile)))
+            output.store(row, bind(bx * i32(tile) + tirx.truncmod(q, i32(tile))), [total(q)])
 
         outputs = tile * m
         slots = shared([outputs * teams], F32)
@@ -464,6 +554,7 @@ def gemv_kn(operands: Operands, scheme: QuantScheme, config: GemvConfig) -> None
             outputs=outputs,
             terms=teams,
             at=lambda q, j: j * i32(outputs) + q,
+            results=outputs,
             finish=finish,
         )
 
@@ -475,16 +566,31 @@ TURNS = 8
 for 500 weights, and more in groups of more than 64."""
 GROUP = 64
 LONG_ROW = 256
-"""Words of a row from which many lanes with 16-byte loads pay, with float16 activations: the best
-or within 2 % of it over the shapes of Llama-3.2-1B and 3.1-8B (benchmarks/NOTES.md)."""
+"""Words of a row from which many lanes with wide loads pay, with float16 activations."""
+SMALL_WEIGHT = 20 << 20
+LARGE_WEIGHT = 64 << 20
+HUGE_WEIGHT = 256 << 20
+"""Elements of a weight. What is chosen by them is the best or within 3 % of it over the products of
+Llama-3.2-1B and 3.1-8B on an H200 (benchmarks/NOTES.md): small ones want many threads at once,
+large ones few instructions for x."""
+NORMED_WEIGHT = HUGE_WEIGHT
+"""Elements up to which a norm is better inside: every group of threads then takes it again."""
 
 
-def choose(n: int, k: int, scheme: QuantScheme | None, m: int, device: GPUDevice) -> GemvConfig:
-    """The configuration for a weight [n, k] and m rows of x."""
+def choose(
+    n: int,
+    k: int,
+    scheme: QuantScheme | None,
+    m: int,
+    device: GPUDevice,
+    *,
+    normed: bool = False,
+) -> GemvConfig:
+    """The configuration for a weight [n, k] and m rows of x; normed: with a norm of x inside."""
     if scheme is not None and scheme.layout == "KN":
         return fit(GemvConfig(lanes=16, teams=16, rows=2 if m == 1 else 1), m, device)
     if m == 1 and scheme is not None and _is_long(scheme, k):
-        return fit(GemvConfig(lanes=128, teams=1, rows=4, words=4), m, device)
+        return fit(_long(n, k, scheme, normed), m, device)
     words = 4 if scheme is None else 1
     pieces = -(-k // words) if scheme is None else scheme.num_words(k)
     lanes = 8
@@ -501,23 +607,50 @@ def _is_long(scheme: QuantScheme, k: int) -> bool:
     return scheme.model_dtype == "float16" and scheme.num_words(k) >= LONG_ROW
 
 
+def _long(n: int, k: int, scheme: QuantScheme, normed: bool) -> GemvConfig:
+    """For one row and weights whose rows are long."""
+    pieces = scheme.num_words(k) // 4
+    if scheme.bits != 4:
+        return GemvConfig(lanes=128, teams=1, rows=4, words=4)
+    # As many lanes as leave none idle in the last turn.
+    whole = [lanes for lanes in range(256, 48, -16) if pieces % lanes == 0]
+    lanes = whole[0] if whole else 128
+    config = GemvConfig(lanes, 2 if lanes <= 64 else 1, rows=4, words=4, decode="halves")
+    if normed and n * k < LARGE_WEIGHT:
+        config = replace(config, words=2, unroll=2)
+    elif normed:
+        config = replace(config, teams=1, rows=8)
+    elif n * k < SMALL_WEIGHT and pieces <= 128:
+        config = replace(config, lanes=min(2 * lanes, 128), teams=1, rows=2, words=2, unroll=2)
+    elif n * k >= HUGE_WEIGHT:
+        config = replace(config, lanes=min(lanes, 64), teams=1, rows=8)
+    elif pieces > lanes:
+        config = replace(config, unroll=2)
+    return config
+
+
 def _threads(n: int, config: GemvConfig) -> int:
     return -(-n // config.rows) * config.lanes
 
 
-def fit(config: GemvConfig, m: int, device: GPUDevice) -> GemvConfig:
+def fit(config: GemvConfig, m: int, device: GPUDevice, gated: bool = False) -> GemvConfig:
     """`config` within the limits of `device`, for m rows of x."""
+    least = 2 if gated else 1
+    if config.rows % least:
+        config = replace(config, rows=config.rows + 1)
     while config.threads > device.max_threads:
         if config.teams > 1:
             config = replace(config, teams=config.teams // 2)
         else:
             config = replace(config, lanes=config.lanes // 2)
 
-    def sums_bytes() -> int:
-        return 4 * config.teams * config.rows * m * (config.lanes + 1)
-
-    while sums_bytes() > device.shared_bytes and config.rows > 1:
-        config = replace(config, rows=config.rows // 2)
-    while sums_bytes() > device.shared_bytes and config.teams > 1:
+    while _sums_bytes(config, m) > device.shared_bytes and config.rows > least:
+        config = replace(config, rows=max(config.rows // 4 * 2, least))
+    while _sums_bytes(config, m) > device.shared_bytes and config.teams > 1:
         config = replace(config, teams=config.teams // 2)
     return config
+
+
+def _sums_bytes(config: GemvConfig, m: int) -> int:
+    """Group memory of the partial sums, one more of a team for a norm."""
+    return 4 * config.teams * (config.rows * m + 1) * (config.lanes + 1)

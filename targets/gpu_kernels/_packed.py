@@ -29,27 +29,31 @@ from mlc_compile.targets.gpu_kernels._emit import (
     load,
     u32,
 )
+from mlc_compile.targets.gpu_kernels.device import GPUDevice
 
-Decode = Literal["bytes", "mantissa"]
-"""How a field becomes a float32: a conversion of its (masked) byte, or as the top bits of the
-mantissa of a number in [1, 2), which needs no conversion instruction."""
+Decode = Literal["bytes", "halves"]
+"""How a field becomes a float32: by a conversion of its (masked) byte; or, of 4 bits, two at a time
+as the top bits of the mantissas of float16 numbers in [1, 2), which a GPU widens faster than it
+converts integers."""
 
-MANTISSA_BITS = 23
-ONE_BITS = 0x3F800000  # 1.0
+PORTABLE = GPUDevice()
 
 
 def vector(dtype: str, lanes: int) -> str:
     return dtype if lanes == 1 else f"{dtype}x{lanes}"
 
 
-def view(buffer: Buffer, shape: Sequence[Expr | int], lanes: int) -> Buffer:
-    """`buffer` as `shape` vectors of `lanes` elements; to be called outside of launches.
+def view(
+    buffer: Buffer, shape: Sequence[Expr | int], lanes: int, dtype: str | None = None
+) -> Buffer:
+    """`buffer` as `shape` vectors of `lanes` elements, of `dtype` when given; to be called outside
+    of launches.
 
     The memory must start at a multiple of the vector's size, as storage bindings do.
     """
     if lanes == 1:
         return buffer
-    dtype = vector(str(buffer.dtype), lanes)
+    dtype = vector(dtype or str(buffer.dtype), lanes)
     pointer = tvm.ir.PointerType(tvm.ir.PrimType(dtype), "global")
     # A plain alias would keep the pointer's type; a `reinterpret` survives until the kernel's
     # parameters are typed, and costs nothing.
@@ -99,6 +103,16 @@ def load_or_zero(buffer: Buffer, index: Sequence[Expr], valid: Expr | None) -> E
     return tirx.if_then_else(valid, value, zero)
 
 
+def halves(word: Expr, device: GPUDevice) -> list[Expr]:
+    """The two float16 numbers in a bound uint32, the low one first, as float32."""
+    if device.wgsl:  # naga has no bitcast to vec2<f16>
+        # Not "pure": TVM would write the call again at every use.
+        pair = T.call_extern(vector(F32, 2), "unpack2x16float", word)
+    else:
+        pair = tirx.Cast(vector(F32, 2), tirx.reinterpret(vector("float16", 2), word))
+    return lanes_of(bind(pair))
+
+
 @dataclass(frozen=True)
 class Fields:
     """The fields of a word as numbers v with q = (v - offset) * factor."""
@@ -112,15 +126,12 @@ class Fields:
         return self.offset + scheme.max_int / self.factor
 
 
-def fields(word: Expr, scheme: QuantScheme, decode: Decode) -> Fields:
+def fields(word: Expr, scheme: QuantScheme, decode: Decode, device: GPUDevice = PORTABLE) -> Fields:
     """All fields of a bound word, first element first; used once each, or bound by the caller."""
     bits = scheme.bits
-    if decode == "mantissa":
-        return Fields(
-            [_mantissa(word, bits * i, bits) for i in range(scheme.elems_per_word)],
-            float(1 << bits),
-            1.0,
-        )
+    if decode == "halves" and bits == 4:
+        found = [halves(bind(_half_mantissas(word, 4 * i)), device) for i in range(4)]
+        return Fields([low for low, _ in found] + [high for _, high in found], 16.0, 1.0)
     if bits == 4:  # two masks for eight fields; the bytes of a register convert directly
         low = bind(tirx.bitwise_and(word, u32(0x0F0F0F0F)))
         high = bind(tirx.bitwise_and(tirx.shift_right(word, u32(4)), u32(0x0F0F0F0F)))
@@ -145,12 +156,11 @@ def _field(word: Expr, position: int, bits: int) -> Expr:
     return tirx.bitwise_and(word, u32((1 << bits) - 1))
 
 
-def _mantissa(word: Expr, position: int, bits: int) -> Expr:
-    """1 + q / 2**bits."""
-    top = MANTISSA_BITS - bits
+def _half_mantissas(word: Expr, position: int) -> Expr:
+    """The 4 bits at `position` and those 16 further up as float16 numbers 1 + q / 16."""
+    top = 6  # of ten bits of mantissa
     if position < top:
         word = tirx.shift_left(word, u32(top - position))
-    elif position > top:
+    else:
         word = tirx.shift_right(word, u32(position - top))
-    masked = tirx.bitwise_and(word, u32(((1 << bits) - 1) << top))
-    return tirx.reinterpret(F32, tirx.bitwise_or(masked, u32(ONE_BITS)))
+    return tirx.bitwise_or(tirx.bitwise_and(word, u32(0x03C003C0)), u32(0x3C003C00))

@@ -7,6 +7,7 @@
 - Sliding window: the runtime keeps cached rows without saying their position in the text, and
   numbers them anew as the window slides. So keys are cached unrotated, and attention rotates those
   that it loads. The mask is exact: distance < window.
+- A window of some layers hides keys by their positions; all stay cached.
 - Nothing assumes lock-step: between a write to shared memory and another thread's read there is a
   barrier, and no thread reads in global memory what another writes in the same launch.
 """
@@ -28,6 +29,9 @@ from mlc_compile.targets.gpu_kernels.device import GPUDevice
 from mlc_compile.targets.gpu_kernels.rope import split_rotary
 from mlc_compile.targets.kv_cache import PAGE_SIZE, KVCacheKernels, KVCacheSpec
 
+TREE_BUFFERS = 12
+"""Buffers that `tree_paged` reads and writes where layers have a window: WebGPU has too few."""
+
 
 def gpu_kv_cache_kernels(spec: KVCacheSpec, *, device: GPUDevice) -> KVCacheKernels:
     """Kernels for a GPU of these limits.
@@ -46,6 +50,7 @@ def gpu_kv_cache_kernels(spec: KVCacheSpec, *, device: GPUDevice) -> KVCacheKern
             f"{device.max_threads} and {device.max_buffers}"
         )
     trees = spec.sliding_window is None
+    paged_trees = trees and (spec.layer_window is None or device.max_buffers >= TREE_BUFFERS)
     flat_order = not device.merged_auxiliary
 
     def attention(*, paged: bool, tree: bool = False) -> tirx.PrimFunc:
@@ -57,7 +62,7 @@ def gpu_kv_cache_kernels(spec: KVCacheSpec, *, device: GPUDevice) -> KVCacheKern
         prefill_ragged=attention(paged=False),
         prefill_paged=attention(paged=True),
         decode=decode(spec),
-        tree_paged=attention(paged=True, tree=True) if trees else None,
+        tree_paged=attention(paged=True, tree=True) if paged_trees else None,
         tree_ragged=attention(paged=False, tree=True) if trees else None,
         merge_state=_merge_state(spec),
         copy_single_page=_copy_single_page(spec, device),

@@ -18,6 +18,7 @@ class GPUDevice:
             buffer (it does on CUDA) and tree orders as [m, 2]; elsewhere each has a buffer of its
             own, and tree orders are flat.
         simdgroup_matrix: whether it has Metal's 8x8 simdgroup matrices (family Apple7: A14, M1).
+        wgsl: whether kernels become WGSL, whose built-in functions they may then call by name.
     """
 
     max_threads: int = 256
@@ -26,7 +27,8 @@ class GPUDevice:
     bfloat16: bool = False
     merged_auxiliary: bool = False
     simdgroup_matrix: bool = False
+    wgsl: bool = False
 
 
-WEBGPU = GPUDevice()
+WEBGPU = GPUDevice(wgsl=True)
 """What web-llm asks an adapter for: notes/webgpu.md."""

@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 from tvm import tirx
 
-from mlc_compile.targets.cpu_kernels.elementwise import ERFC_POLYNOMIAL
+from mlc_compile.targets.cpu_kernels.elementwise import ADDED, ERFC_POLYNOMIAL
 from mlc_compile.targets.gpu_kernels import _emit as emit
 from mlc_compile.targets.gpu_kernels._emit import (
     F32,
@@ -35,6 +35,7 @@ from mlc_compile.targets.gpu_kernels._emit import (
     when,
 )
 from mlc_compile.targets.gpu_kernels.device import GPUDevice
+from mlc_compile.targets.kernels import LayerNormSpec
 
 DTYPES = ("float32", "float16")
 # exp(88) is the last power that float32 holds; WGSL leaves an overflow undefined.
@@ -96,10 +97,11 @@ def _norm_row(
     eps: float,
     read: Callable[[Expr], Expr],
     write: Callable[[Expr, Expr], None],
+    centre: bool = False,
 ) -> None:
     """write(i, read(i) / sqrt(mean square + eps)) for every i < width, by one group.
 
-    `read` is called once for each i.
+    `read` is called once for each i. To `centre` is to subtract the mean of what is read first.
     """
     held, slots = emit.registers(int(groups(width, threads))), shared([threads], F32)
     total = Cell(F32, 0.0)
@@ -110,14 +112,27 @@ def _norm_row(
             with when(at < i32(width)):
                 use(k, at)
 
-    def square(k: int, at: Expr) -> None:
+    def mean() -> Expr:
+        return emit.fold_all(tx, slots, threads, total.value, emit.add) * f32(1 / width)
+
+    def first(k: int, at: Expr) -> None:
         value = bind(read(at))
         emit.store(held, [k], value)
-        total.set(total.value + value * value)
+        total.set(total.value + (value if centre else value * value))
 
-    for_elements(square)
-    mean = emit.fold_all(tx, slots, threads, total.value, emit.add) * f32(1 / width)
-    scale = bind(f32(1) / tirx.sqrt(mean + f32(eps)))
+    for_elements(first)
+    if centre:
+        middle = bind(mean())
+
+        def square(k: int, at: Expr) -> None:
+            value = bind(load(held, k) - middle)
+            emit.store(held, [k], value)
+            total.set(total.value + value * value)
+
+        emit.barrier()  # every thread has read the sum
+        total.set(0.0)
+        for_elements(square)
+    scale = bind(f32(1) / tirx.sqrt(mean() + f32(eps)))
     for_elements(lambda k, at: write(at, load(held, k) * scale))
 
 
@@ -185,6 +200,51 @@ def add_rms_norm(
     return build_kernel("add_rms_norm", [*arguments, ("normed", *shape), ("total", *shape)], body)
 
 
+def layer_norm(
+    spec: LayerNormSpec, rows: int | None = None, *, device: GPUDevice
+) -> tirx.PrimFunc | None:
+    """The kernel of a LayerNormSpec; for bfloat16 only where the device has it."""
+    if spec.dtype not in DTYPES and not device.bfloat16:
+        return None
+    n, threads = _rows(rows), _norm_threads(spec.size, device)
+    arguments: list[Argument] = list(spec.arguments(n))
+
+    def body(*given: Buffer) -> None:
+        buffers = {a[0]: buffer for a, buffer in zip(arguments, given, strict=True)}
+
+        def norm(tx: Expr, at: list[Expr], first: Expr | None) -> None:
+            """The row at this index; its tables begin at `first`."""
+
+            def table(name: str, i: Expr) -> Expr:
+                return load_f32(buffers[name], i if first is None else first + i)
+
+            def read(i: Expr) -> Expr:
+                if not spec.added:
+                    return load_f32(buffers["x"], *at, i)
+                terms = [load_f32(buffers[name], *at, i) for name in ADDED]
+                rounded = bind(emit.cast(terms[0] + terms[1], spec.dtype))
+                emit.store(buffers["total"], [*at, i], rounded)
+                return emit.cast(rounded, F32)
+
+            def write(i: Expr, value: Expr) -> None:
+                if spec.weight:
+                    value = value * table("weight", i)
+                if spec.bias:
+                    value = value + table("bias", i)
+                store_float(buffers["normed"], [*at, i], value)
+
+            _norm_row(tx, threads, spec.size, spec.eps, read, write, spec.centre)
+
+        if spec.heads is None:
+            with launch(threads, n) as (tx, row, _):
+                norm(tx, [row], None)
+            return
+        with launch(threads, spec.heads, n) as (tx, head, row):
+            norm(tx, [row, head], head * i32(spec.size) if spec.own_tables else None)
+
+    return build_kernel("layer_norm", arguments, body)
+
+
 def qk_norm(
     num_query_heads: int,
     num_key_value_heads: int,
@@ -235,11 +295,11 @@ def gated_activation(
 ) -> tirx.PrimFunc | None:
     """(gate_up[n, 2 I]) -> out[n, I] = activation(gate) * up; the fused projection is gate, up.
 
-    `activation` is a key of ACTIVATIONS (config.json's `hidden_act`).
+    `activation` is a key of ACTIVATIONS (config.json's `hidden_act`); None for others.
     """
-    activate = ACTIVATIONS[activation]
-    if dtype not in DTYPES:
+    if activation not in ACTIVATIONS or dtype not in DTYPES:
         return None
+    activate = ACTIVATIONS[activation]
     n = _rows(rows)
 
     def body(gate_up: Buffer, out: Buffer) -> None:

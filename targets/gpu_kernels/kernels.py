@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from tvm.tirx import PrimFunc
 
-from mlc_compile.targets.gpu_kernels import elementwise, embedding, linear
+from mlc_compile.targets.gpu_kernels import elementwise, embedding, experts, linear
 from mlc_compile.targets.gpu_kernels.device import GPUDevice
-from mlc_compile.targets.kernels import EmbeddingSpec, LinearSpec
+from mlc_compile.targets.kernels import EmbeddingSpec, ExpertLinearSpec, LayerNormSpec, LinearSpec
 
 
 class GPUKernels:
@@ -16,9 +16,10 @@ class GPUKernels:
         self.device = device
 
     def linear(self, spec: LinearSpec) -> PrimFunc | None:
-        if spec.fused:
-            return None
         return linear.linear_kernel(spec, device=self.device)
+
+    def expert_linear(self, spec: ExpertLinearSpec) -> PrimFunc | None:
+        return experts.expert_kernel(spec, device=self.device)
 
     def embedding(self, spec: EmbeddingSpec) -> PrimFunc | None:
         return embedding.embedding_kernel(spec, device=self.device)
@@ -28,6 +29,9 @@ class GPUKernels:
 
     def add_rms_norm(self, size: int, eps: float, dtype: str, rows: int | None) -> PrimFunc | None:
         return elementwise.add_rms_norm(size, dtype, eps, rows, device=self.device)
+
+    def layer_norm(self, spec: LayerNormSpec, rows: int | None) -> PrimFunc | None:
+        return elementwise.layer_norm(spec, rows, device=self.device)
 
     def qk_norm(
         self, heads: tuple[int, int, int], eps: float, dtype: str, rows: int | None

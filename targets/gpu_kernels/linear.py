@@ -33,10 +33,11 @@ def linear_kernel(
     gemv: _gemv.GemvConfig | None = None,
     gemm: _gemm.GemmConfig | None = None,
 ) -> tirx.PrimFunc | None:
-    """The kernel for `spec`: (x [n, K], q_weight, q_scale | weight, [bias [N]], out [n, N]).
+    """The kernel for `spec`, of the buffers that `spec.arguments` lists.
 
     gemv, gemm: instead of what `choose` of either module finds; gemm also instead of matrix units.
-    None where the device lacks a dtype of `spec` (bfloat16).
+    None where the device lacks a dtype of `spec` (bfloat16), for fused products of more rows than
+    one or of weights in layout "KN", and for a norm where it costs more inside than apart.
     """
     dtypes = {spec.x_dtype, spec.out_dtype, spec.weight_dtype, spec.bias_dtype}
     if spec.scheme is not None:
@@ -44,23 +45,37 @@ def linear_kernel(
     if "bfloat16" in dtypes and not device.bfloat16:
         return None
     n, k, scheme = spec.out_features, spec.in_features, spec.scheme
+    if spec.fused and not _can_fuse(spec):
+        return None
     rows = 1 if spec.rows == 1 else symbol("n")
-    arguments: list[Argument] = [("x", (rows, k), spec.x_dtype), *spec.weight_shapes()]
-    if spec.has_bias:
-        arguments.append(("bias", (n,), spec.bias_dtype or spec.x_dtype))
-    arguments.append(("out", (rows, n), spec.out_dtype))
+    arguments: list[Argument] = list(spec.arguments(rows))
 
-    def body(x: Buffer, *others: Buffer) -> None:
-        *weight, out = others
-        bias = weight.pop() if spec.has_bias else None
+    def body(*buffers: Buffer) -> None:
+        named = {name: b for (name, _, _), b in zip(arguments, buffers, strict=True)}
+
+        def operands(m: int) -> _gemv.Operands:
+            return _gemv.Operands(
+                x=named["x"],
+                weight=[named[name] for name, _, _ in spec.weight_shapes()],
+                bias=named.get("bias"),
+                out=named["out"],
+                n=n,
+                k=k,
+                n_rows=rows,
+                m=m,
+                norm=named.get("norm_weight"),
+                norm_eps=spec.norm_eps or 0.0,
+                residual=named.get("residual"),
+                gated=spec.activation is not None,
+            )
 
         def few(m: int) -> None:
-            operands = _gemv.Operands(x, weight, bias, out, n, k, rows, m)
-            config = _gemv.fit(gemv or _gemv.choose(n, k, scheme, m, device), m, device)
+            config = gemv or _gemv.choose(n, k, scheme, m, device, normed="norm_weight" in named)
+            config = _gemv.fit(config, m, device, gated=spec.activation is not None)
             if scheme is not None and scheme.layout == "KN":
-                _gemv.gemv_kn(operands, scheme, config)
+                _gemv.gemv_kn(operands(m), scheme, config, device)
             else:
-                _gemv.gemv_nk(operands, scheme, config, device)
+                _gemv.gemv_nk(operands(m), scheme, config, device)
 
         if spec.rows == 1:
             few(1)
@@ -69,12 +84,18 @@ def linear_kernel(
             with T.Then():
                 few(FEW_ROWS_TILE)
             with T.Else():
-                operands = _gemv.Operands(x, weight, bias, out, n, k, rows, 0)
-                matrices = None if gemm else _gemm_simdgroup.choose(operands, scheme, device)
+                matrices = None if gemm else _gemm_simdgroup.choose(operands(0), scheme, device)
                 if matrices is not None:
-                    _gemm_simdgroup.gemm(operands, scheme, matrices)
+                    _gemm_simdgroup.gemm(operands(0), scheme, matrices)
                     return
                 config = gemm or _gemm.choose(n, k, scheme, device)
-                _gemm.gemm(operands, scheme, _gemm.fit(config, scheme, device))
+                _gemm.gemm(operands(0), scheme, _gemm.fit(config, scheme, device))
 
     return build_kernel("linear", arguments, body)
+
+
+def _can_fuse(spec: LinearSpec) -> bool:
+    """Whether the kernel for one row takes what is fused into `spec`, and should."""
+    if spec.rows != 1 or (spec.scheme is not None and spec.scheme.layout != "NK"):
+        return False
+    return spec.norm_eps is None or spec.out_features * spec.in_features <= _gemv.NORMED_WEIGHT

@@ -1,7 +1,8 @@
 """GPU rotary embedding: splits fused q, k, v and rotates q and k.
 
 - One kernel for every RoPE kind: inverse frequencies are a table, half pairing, rotary_dim <= d.
-- With a sliding window, keys stay as they are; the attention kernels rotate them.
+- With a sliding window, keys stay as they are; the attention kernels rotate them. Without
+  frequencies all do.
 - sin and cos are ours: WGSL promises 11 bits, and nothing for large angles.
 """
 
@@ -43,6 +44,9 @@ def split_rotary(spec: KVCacheSpec, device: GPUDevice) -> tirx.PrimFunc:
                 with when(h >= q_heads + kv_heads):
                     a.new_v[(row * kv_heads + (h - (q_heads + kv_heads))) * d + e] = value
 
+            if not half:
+                put(i, a.qkv[at * d + i])
+                return
             with when(i < half):
                 x, y = hold(a.qkv[at * d + i]), hold(a.qkv[at * d + i + half])
                 freq = ir.frequency(spec, i) if window else a.inv_freq[i]

@@ -86,3 +86,56 @@ def test_the_cpu_has_no_kernels_for_them(folder: Path) -> None:
     off = ";".join(f"{switch}=0" for switch in WITHOUT_KERNELS)
     modules = [planned_decoder(folder, opt, entries=ENTRIES) for opt in ("O2", off)]
     assert modules[0].script() == modules[1].script()
+
+
+@pytest.mark.parametrize("target", ["webgpu", "iphone", "macos"])
+def test_portable_gpus_have_them_all(folder: Path, target: str) -> None:
+    mod = planned_decoder(folder, "O2", target=target, entries=ENTRIES)
+    layer = [
+        "linear_128x64_gemv_norm",
+        "linear_64x64_gemv_residual",
+        "linear_192x64_gemv_norm_gated",
+        "linear_64x96_gemv_residual",
+    ]
+    *layers, last = kernel_names(mod, "transformer_one")
+    assert layers == 2 * layer
+    assert last.startswith("rms_norm")
+
+
+def test_a_transposed_scheme_keeps_them_apart(tmp_path: Path) -> None:
+    folder = write_config(tmp_path, "qwen2", "q4f16_0")
+    names = kernel_names(
+        planned_decoder(folder, "O2", target="webgpu", entries=ENTRIES), "transformer_one"
+    )
+    products = " ".join(name for name in names if "linear" in name)
+    assert "gemv" in products
+    assert not any(part in products for part in WITHOUT_KERNELS.values())
+
+
+@pytest.fixture(scope="module")
+def layer_norm_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A stablelm: LayerNorm with biases, before attention and before the MLP."""
+    return write_config(
+        tmp_path_factory.mktemp("layer_norm"), "stablelm", "q4f32_1", layer_norm_eps=1e-5
+    )
+
+
+@pytest.mark.parametrize("target", ["cpu", "webgpu", "cuda"])
+def test_layer_norms_take_the_sum_before_them(layer_norm_folder: Path, target: str) -> None:
+    def norms(opt: str) -> list[str]:
+        mod = planned_decoder(layer_norm_folder, opt, target=target, entries=ENTRIES)
+        names = kernel_names(mod, "transformer_one")
+        return [name.rstrip("0123456789") for name in names if "norm" in name or "add" in name]
+
+    # on GPUs, products for one row add the residual themselves
+    fused = ["layer_norm", *4 * ["add_layer_norm"]] if target == "cpu" else 5 * ["layer_norm"]
+    assert norms("O2") == fused
+    assert norms("O2;fuse_residual=0") == ["layer_norm", *4 * ["add_layer_norm"]]
+    assert "add_layer_norm" not in norms("fuse_norm=0")
+
+
+def test_layer_norm_kernels_leave_the_logits(layer_norm_folder: Path) -> None:
+    plain, fused = (logits(layer_norm_folder, opt) for opt in ("O0", "O2"))
+    assert np.isfinite(fused).all()
+    # Two float32 routes that add in another order.
+    assert np.abs(fused - plain).max() <= 1e-4 * np.abs(plain).max()

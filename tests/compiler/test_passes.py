@@ -14,6 +14,7 @@ from tvm.ir import IRModule
 from tvm.relax.frontend.nn import Tensor, op
 
 from mlc_compile.compiler.passes.fuse_embedding import fuse_embedding
+from mlc_compile.compiler.passes.fuse_experts import fuse_experts
 from mlc_compile.compiler.passes.fuse_gated import fuse_gated
 from mlc_compile.compiler.passes.fuse_linear import fuse_linear
 from mlc_compile.compiler.passes.fuse_linear_gated import fuse_linear_gated
@@ -21,12 +22,14 @@ from mlc_compile.compiler.passes.fuse_linear_norm import fuse_linear_norm
 from mlc_compile.compiler.passes.fuse_norm import fuse_norm
 from mlc_compile.compiler.passes.fuse_qk_norm import fuse_qk_norm
 from mlc_compile.compiler.passes.fuse_residual import fuse_residual
-from mlc_compile.quantization.linear import dequantize
+from mlc_compile.models.params import ParamSpec
+from mlc_compile.quantization.linear import SchemeLayers, dequantize
 from mlc_compile.quantization.scheme import SCHEMES
 from mlc_compile.targets.kernels import LinearSpec
 
 N, H = 5, 64
 Body = Callable[..., Tensor | tuple[Tensor, ...]]
+ASKED = ("linear", "expert_linear", "embedding", "rms_norm", "add_rms_norm", "qk_norm", "gated")
 
 
 class Recorder(FusedKernels):
@@ -39,7 +42,7 @@ class Recorder(FusedKernels):
 
     def __getattribute__(self, name: str) -> Any:
         value = super().__getattribute__(name)
-        if name not in ("linear", "embedding", "rms_norm", "add_rms_norm", "qk_norm", "gated"):
+        if name not in ASKED:
             return value
 
         def ask(*args: Any) -> Any:
@@ -126,6 +129,34 @@ def test_other_products_stay() -> None:
     assert not kernels.asked
     mod = module(residual, ([1, H], F32), ([32, H], F32), ([1, 32], F32))
     assert calls(fuse_linear(mod, kernels))[-1] == "add"  # a matrix is no bias
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("rows", ["n", 1])
+@pytest.mark.parametrize("name", ["q0f32", "q4f16_0"])
+def test_experts(name: str, rows: str | int, shared: bool) -> None:
+    layer = SchemeLayers(SCHEMES[name]).experts(ParamSpec("w.weight", (6, 24, H), "expert", ()))
+    n = tirx.Var(rows, "int64") if isinstance(rows, str) else rows
+    parameters = [p for _, p in layer.named_parameters()]
+
+    def body(x: Tensor, experts: Tensor, *weight: Tensor) -> Tensor:
+        for parameter, value in zip(parameters, weight, strict=True):
+            parameter._expr = value._expr
+        return layer(x, experts)
+
+    dtype = SCHEMES[name].model_dtype
+    weights = [(list(p.shape), str(p.dtype)) for p in parameters]
+    inputs = ([n if shared else n * 3, H], dtype), ([n, 3], "int32"), *weights
+    kernels = Recorder()
+    mod = fuse_experts(module(body, *inputs), kernels)
+    assert calls(mod) == ["experts_24x64" + ("_gemv" if rows == 1 else "")]
+    ((_, (spec,)),) = kernels.asked
+    assert (spec.experts, spec.per_token, spec.in_features, spec.out_features) == (6, 3, H, 24)
+    assert (spec.shared_x, spec.rows) == (shared, 1 if rows == 1 else None)
+    assert (spec.scheme is None) == (name == "q0f32")
+    assert calls(fuse_experts(module(body, *inputs), Recorder(("expert_linear",)))) == [
+        "expert_linear"
+    ]
 
 
 def test_a_kernel_that_the_target_lacks_leaves_the_operators() -> None:

@@ -60,23 +60,15 @@ def write_checkpoint(name: str, path: Path, seed: int = 0) -> Path:
     from safetensors.numpy import save_file
 
     from mlc_compile.models import load_model
+    from mlc_compile.weights.parts import expected_shapes
 
     config, _ = MODELS[name]
     model = load_model(config, where=name)
-    c = model.config
     random = np.random.RandomState(seed)  # its streams never change
-    rows = {
-        "q_proj": c.num_attention_heads * c.head_dim,
-        "k_proj": c.num_key_value_heads * c.head_dim,
-        "v_proj": c.num_key_value_heads * c.head_dim,
-        "gate_proj": c.intermediate_size,
-        "up_proj": c.intermediate_size,
-    }
     tensors = {}
     for spec in model.parameters():
-        for source in spec.sources:
-            count = rows.get(source.split(".")[-2], spec.shape[0])
-            values = 0.18 * random.standard_normal((count, *spec.shape[1:]))
+        for source, shape in expected_shapes(spec).items():
+            values = 0.18 * random.standard_normal(shape)
             tensors[source] = (values + (spec.role == "norm")).astype(np.float32)
     path.mkdir(parents=True, exist_ok=True)
     save_file(tensors, path / "model.safetensors")

@@ -5,10 +5,15 @@ from __future__ import annotations
 import copy
 import dataclasses
 import importlib.util
+import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from every_model import CASES, FIRST, HUGGING_FACE
+from numpy.typing import NDArray
+from tiny_models import save_checkpoint
 
 from mlc_compile.config import read_json_strict
 from mlc_compile.models import (
@@ -16,15 +21,26 @@ from mlc_compile.models import (
     BARE_DECODER,
     HF_DECODER,
     Architecture,
-    GroupedQuery,
     Model,
     NameTable,
+    Source,
     load_model,
     num_parameters,
 )
+from mlc_compile.models.options import GatedMLP, GroupedQuery, HeadNorm
+from mlc_compile.quantization.scheme import SCHEMES
+from mlc_compile.weights.checkpoint import open_checkpoint
+from mlc_compile.weights.convert import plan_conversion
+from mlc_compile.weights.parts import parts_in
 
 needs_transformers = pytest.mark.skipif(
     importlib.util.find_spec("transformers") is None, reason="transformers is an optional extra"
+)
+
+LLAMA_LIKES = ("llama", "mistral", "qwen2", "qwen3")
+"""Types whose config.json is spelled as Llama's."""
+llama_likes = pytest.mark.parametrize(
+    "architecture", [ARCHITECTURES[name] for name in LLAMA_LIKES], ids=LLAMA_LIKES
 )
 
 SIZES: dict[str, Any] = {
@@ -45,6 +61,7 @@ def config_of(architecture: Architecture, **more: Any) -> dict[str, Any]:
 
 
 def bias_keys(architecture: Architecture) -> list[str]:
+    assert isinstance(architecture.mlp, GatedMLP)
     options = (
         architecture.attention.qkv_bias,
         architecture.attention.out_bias,
@@ -54,75 +71,60 @@ def bias_keys(architecture: Architecture) -> list[str]:
 
 
 @needs_transformers
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize(
-    ("architecture", "biased"),
-    [
-        pytest.param(architecture, biased, id=f"{name}-biased" if biased else name)
-        for name, architecture in ARCHITECTURES.items()
-        for biased in ((False, True) if bias_keys(architecture) else (False,))
-    ],
-)
-def test_parameters_cover_the_real_checkpoint(
-    architecture: Architecture, tied: bool, biased: bool, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("name", HUGGING_FACE)
+def test_parameters_cover_the_real_checkpoint(name: str, tmp_path: Path) -> None:
+    """What save_pretrained writes fits, and every value of it is used exactly once."""
     import torch
     import transformers
 
-    keys = bias_keys(architecture)
-    settings = {**SIZES, "tie_word_embeddings": tied, **dict.fromkeys(keys, biased)}
-    reference = transformers.AutoConfig.for_model(architecture.name, **settings)
+    case = CASES[name]
+    checkpoint = open_checkpoint(save_checkpoint(tmp_path, case.model_type, config=case.config))
+    model = load_model(checkpoint.config, where=name)
+    plan = plan_conversion(checkpoint, model, SCHEMES["q0f32"])
+    used: dict[str, list[NDArray[np.int64]]] = {}
+    for spec in plan.model.parameters():
+        shapes = {source: checkpoint.tensors[source].shape for source in spec.sources}
+        for part in parts_in(spec, shapes):
+            rows = np.arange(part.num_rows)
+            taken = rows if part.source.rows is None else part.source.rows.indices()
+            used.setdefault(part.source.name, []).append(taken)
+    assert used.keys() == checkpoint.tensors.keys() - set(plan.ignored)
+    for source, taken in used.items():
+        found, shape = np.sort(np.concatenate(taken)), checkpoint.tensors[source].shape
+        assert np.array_equal(found, np.arange(len(found))), source
+        rows = (math.prod(shape), math.prod(shape[:-1]), shape[-1])  # vector, matrix, Conv1D
+        assert len(found) in rows, source
+    config = transformers.AutoConfig.for_model(case.model_type, **case.config)
     with torch.device("meta"):
-        network = transformers.AutoModelForCausalLM.from_config(reference)
-    assert type(network).__name__ in architecture.hf_classes
-    reference.architectures = [type(network).__name__]
-    reference.save_pretrained(tmp_path)
-
-    path = tmp_path / "config.json"
-    model = load_model(read_json_strict(path), where=str(path))
-    state = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-    patterns = model.ignorable_tensors()
-    needed = {n: s for n, s in state.items() if not any(p.fullmatch(n) for p in patterns)}
-    assert tied == ("lm_head.weight" not in needed)
-
-    used: list[str] = []
-    for spec in model.parameters():
-        shapes = [needed[source] for source in spec.sources]
-        if spec.combine == "identity":
-            assert shapes == [spec.shape], spec
-        else:
-            rows = sum(shape[0] for shape in shapes)
-            assert {shape[1:] for shape in shapes} == {spec.shape[1:]}, spec
-            assert rows == spec.shape[0], spec
-        used += spec.sources
-    assert sorted(used) == sorted(needed), "every tensor is used exactly once"
+        network = transformers.AutoModelForCausalLM.from_config(config)
+    assert type(network).__name__ in model.arch.hf_classes
     assert num_parameters(model) == sum(p.numel() for p in network.parameters())
-    # The numbers, too, are those that transformers resolved.
-    for key in ("hidden_size", "num_key_value_heads", "head_dim", "vocab_size"):
-        assert getattr(model.config, key) == SIZES[key]
-    assert model.config.norm_eps == reference.rms_norm_eps
-    assert model.config.sliding_window == getattr(reference, "sliding_window", None)
-    assert model.config.rope.theta == reference.rope_parameters["rope_theta"]
 
 
 @needs_transformers
-@pytest.mark.parametrize("architecture", ARCHITECTURES.values(), ids=ARCHITECTURES)
-def test_absent_keys_mean_what_transformers_takes(architecture: Architecture) -> None:
+@pytest.mark.parametrize("name", [n for n in FIRST.values() if n in HUGGING_FACE])
+def test_absent_keys_mean_what_transformers_takes(name: str) -> None:
     """A config.json may leave these out; the class's own default then counts."""
     import transformers
 
+    case = CASES[name]
     optional = ("num_key_value_heads", "head_dim", "sliding_window", "tie_word_embeddings")
-    sizes = {key: value for key, value in SIZES.items() if key not in optional}
-    sizes.update(hidden_size=128, num_attention_heads=32)
-    reference = transformers.AutoConfig.for_model(architecture.name, **sizes)
-    raw = {"model_type": architecture.name, "rms_norm_eps": 1e-6, **sizes}
-    config = load_model(raw, where="test").config
-    for key in ("num_key_value_heads", "tie_word_embeddings", "rms_norm_eps"):
-        ours = config.norm_eps if key == "rms_norm_eps" else getattr(config, key)
-        assert ours == getattr(reference, key), key
-    assert config.head_dim == getattr(reference, "head_dim", 128 // 32)
-    assert config.sliding_window == getattr(reference, "sliding_window", None)
-    assert config.rope.theta == reference.rope_parameters["rope_theta"]
+    keys = {key: value for key, value in case.config.items() if key not in optional}
+    if keys.keys() >= {"hidden_size", "num_attention_heads"} and name != "phi3":
+        keys |= {"hidden_size": 2560, "num_attention_heads": 160}  # every default divides these
+    reference = transformers.AutoConfig.for_model(case.model_type, **keys)
+    spelling = ARCHITECTURES[case.model_type].schema.spelling
+    eps = spelling.get("rms_norm_eps", "rms_norm_eps")
+    if hasattr(reference, eps):
+        keys[eps] = getattr(reference, eps)  # most types must have it
+    config = load_model({"model_type": case.model_type, **keys}, where="test").config
+    for key in ("num_key_value_heads", "tie_word_embeddings", "head_dim"):
+        theirs = getattr(reference, key, None)
+        assert theirs is None or getattr(config, key) == theirs, key
+    assert config.norm_eps == getattr(reference, eps, 1e-5)
+    rope = getattr(reference, "rope_parameters", None) or {}
+    if "rope_theta" in rope and config.rope.rotary_dim:
+        assert config.rope.theta == rope["rope_theta"]
 
 
 ROPE_SETTINGS: list[dict[str, Any]] = [
@@ -147,7 +149,7 @@ ROPE_SETTINGS: list[dict[str, Any]] = [
 
 @needs_transformers
 @pytest.mark.parametrize("settings", ROPE_SETTINGS, ids=lambda s: str(s["rope_type"]))
-@pytest.mark.parametrize("architecture", ARCHITECTURES.values(), ids=ARCHITECTURES)
+@llama_likes
 def test_saved_rope_settings_are_read(
     architecture: Architecture, settings: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -180,7 +182,7 @@ def test_saved_windows_are_read(name: str, first: int, window: int | None, tmp_p
     assert load_model(raw, where="test").config.sliding_window == window
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES.values(), ids=ARCHITECTURES)
+@llama_likes
 def test_order_and_names_are_the_contract(architecture: Architecture) -> None:
     keys = bias_keys(architecture)
     model = load_model(config_of(architecture, **dict.fromkeys(keys, True)), where="test")
@@ -207,12 +209,12 @@ def test_order_and_names_are_the_contract(architecture: Architecture) -> None:
     assert len({spec.name for spec in model.parameters()}) == len(model.parameters())
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES.values(), ids=ARCHITECTURES)
+@llama_likes
 def test_shapes_and_roles(architecture: Architecture) -> None:
     model = load_model(config_of(architecture), where="test")
     specs = {spec.name: spec for spec in model.parameters()}
     qkv = specs["model.layers.1.self_attn.qkv_proj.weight"]
-    assert (qkv.shape, qkv.role, qkv.combine) == (((6 + 2 * 2) * 16, 48), "linear", "concat")
+    assert (qkv.shape, qkv.role) == (((6 + 2 * 2) * 16, 48), "linear")
     scope = "model.layers.1.self_attn"
     assert qkv.sources == tuple(f"{scope}.{x}_proj.weight" for x in "qkv")
     gate_up = specs["model.layers.0.mlp.gate_up_proj.weight"]
@@ -225,19 +227,20 @@ def test_shapes_and_roles(architecture: Architecture) -> None:
     for spec in specs.values():
         assert spec.name.endswith(".bias") == (spec.role == "bias")
         assert ("norm" in spec.name) == (spec.role == "norm")
-        assert (len(spec.sources) > 1) == (spec.combine == "concat")
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES.values(), ids=ARCHITECTURES)
+@llama_likes
 def test_names_without_prefix(architecture: Architecture) -> None:
     model = load_model(config_of(architecture, tie_word_embeddings=True), where="test")
     bare = model.for_tensors({"embed_tokens.weight": None, "layers.0.input_layernorm.weight": None})
     assert bare.names == BARE_DECODER
     for before, after in zip(model.parameters(), bare.parameters(), strict=True):
         assert after.sources == tuple(s.removeprefix("model.") for s in before.sources)
-        assert dataclasses.replace(after, sources=before.sources) == before
+        bare_parts = [dataclasses.replace(part, name="") for part in after.parts]
+        assert bare_parts == [dataclasses.replace(part, name="") for part in before.parts]
+        assert dataclasses.replace(after, parts=before.parts) == before
     assert bare.for_tensors(["model.embed_tokens.weight"]).names == HF_DECODER
-    assert bare.for_tensors([]) is bare, "nothing fits: unchanged"
+    assert bare.for_tensors([]).names == HF_DECODER, "nothing fits: the usual one"
 
 
 def test_a_name_table_is_data() -> None:
@@ -250,7 +253,7 @@ def test_a_name_table_is_data() -> None:
         "model.layers.0.self_attn.qkv_proj.weight",
         "model.layers.0.mlp.gate_up_proj.weight",
     ):
-        assert (specs[name].combine, specs[name].sources) == ("identity", (name,))
+        assert specs[name].parts == (Source(name),)
     assert num_parameters(fused_model) == num_parameters(model)
 
 
@@ -278,7 +281,7 @@ def test_a_declaration_can_be_replaced() -> None:
     """New architectures are data: a changed option changes the parameters, and nothing else."""
     model = load_model(config_of(ARCHITECTURES["llama"]), where="test")
     variant = dataclasses.replace(
-        model.arch, name="variant", attention=GroupedQuery(qkv_bias=True, qk_norm=True)
+        model.arch, name="variant", attention=GroupedQuery(qkv_bias=True, qk_norm=HeadNorm())
     )
     names = {spec.name for spec in model.parameters()}
     changed = {spec.name for spec in dataclasses.replace(model, arch=variant).parameters()}
@@ -298,14 +301,14 @@ def test_declared_options_name_keys_and_resolved_ones_do_not() -> None:
     assert llama.attention.qkv_bias == "attention_bias"
     model = load_model(config_of(llama, attention_bias=True), where="test")
     assert model.arch.attention == GroupedQuery(qkv_bias=True, out_bias=True)
-    assert model.arch.mlp.bias is False
+    assert model.arch.mlp == GatedMLP("silu")
     unresolved = Model(arch=llama, config=model.config)
     with pytest.raises(ValueError, match="'attention_bias' is not resolved"):
         unresolved.parameters()
 
 
 def test_registry() -> None:
-    assert list(ARCHITECTURES) == ["llama", "mistral", "qwen2", "qwen3"]
+    assert set(ARCHITECTURES) == set(FIRST)
     for name, architecture in ARCHITECTURES.items():
         assert architecture.name == name
         summary = architecture.summary()

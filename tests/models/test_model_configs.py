@@ -9,23 +9,99 @@ from typing import Any
 
 import pytest
 
+from mlc_compile.compiler.memory import estimate_plan
 from mlc_compile.config import read_json_strict, resolve_compile_config
 from mlc_compile.errors import InputError
 from mlc_compile.models import ARCHITECTURES, Model, load_model, num_parameters
+from mlc_compile.quantization.scheme import get_scheme
+from mlc_compile.targets.profile import get_target
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
-# file -> parameters as published (a tied embedding counted once)
+# file -> parameters as published, a tied embedding counted once (as our own count gives them where
+# only a rounded number is published)
 PUBLISHED = {
-    "SmolLM2-135M-Instruct": 134_515_008,
+    "AFM-4.5B": 4_619_184_640,
+    "Baichuan-13B-Base": 13_264_901_120,
+    "Baichuan-7B": 7_000_559_616,
+    "Baichuan2-13B-Base": 13_896_668_160,
+    "Baichuan2-7B-Base": 7_505_973_248,
+    "ERNIE-4.5-0.3B-PT": 360_748_032,
+    "EXAONE-3.0-7.8B-Instruct": 7_818_448_896,
+    "EXAONE-3.5-2.4B-Instruct": 2_405_327_360,
+    "EXAONE-4.0-1.2B": 1_279_391_488,
+    "EXAONE-4.0-32B": 32_003_216_384,
+    "GLM-4-9B-0414": 9_400_279_040,
     "Llama-2-7b-hf": 6_738_415_616,
     "Llama-3.1-8B-Instruct": 8_030_261_248,
     "Llama-3.2-1B-Instruct": 1_235_814_400,
-    "Mistral-7B-v0.1": 7_241_732_096,
+    "MiniCPM-2B-sft-bf16": 2_724_880_896,
+    "Ministral-8B-Instruct-2410": 8_019_808_256,
+    "Ministral-8B-interleaved": 8_019_808_256,
+    "Minitron-4B-Base": 4_190_509_056,
     "Mistral-7B-Instruct-v0.3": 7_248_023_552,
-    "Qwen2.5-0.5B": 494_032_768,
+    "Mistral-7B-v0.1": 7_241_732_096,
+    "Mixtral-8x7B-v0.1": 46_702_792_704,
+    "OLMo-1.7-7B-hf": 6_888_095_744,
+    "OLMo-1B-hf": 1_176_764_416,
+    "OLMo-2-1124-7B-Instruct": 7_298_617_344,
+    "OLMoE-1B-7B-0924": 6_919_161_856,
+    "Olmo-3-7B-Instruct": 7_298_011_136,
+    "Orion-14B-Base": 14_498_703_360,
+    "Phi-3-mini-4k-instruct": 3_821_079_552,
+    "Phi-3.5-mini-instruct": 3_821_079_552,
+    "Phi-4-mini-instruct": 3_836_021_760,
+    "Qwen-1_8B": 1_836_828_672,
+    "Qwen1.5-MoE-A2.7B-Chat": 14_315_784_192,
     "Qwen2.5-0.5B-Instruct": 494_032_768,
+    "Qwen2.5-0.5B": 494_032_768,
     "Qwen3-0.6B": 596_049_920,
+    "Qwen3-30B-A3B": 30_532_122_624,
+    "Seed-OSS-36B-Instruct": 36_151_104_512,
+    "SmolLM2-135M-Instruct": 134_515_008,
+    "SmolLM3-3B": 3_075_098_624,
+    "aya-23-8B": 8_028_033_024,
+    "bloom-1b7": 1_722_408_960,
+    "c4ai-command-r-plus": 103_810_674_688,
+    "c4ai-command-r-v01": 34_980_831_232,
+    "c4ai-command-r7b-12-2024": 8_028_033_024,
+    "chatglm3-6b": 6_243_584_000,
+    "codegen-350M-mono": 356_712_448,
+    "deepseek-moe-16b-base": 16_375_728_128,
+    "falcon-11B": 11_102_822_400,
+    "falcon-40b": 41_303_293_952,
+    "falcon-7b": 6_921_720_704,
+    "falcon-rw-1b": 1_311_625_216,
+    "gemma-2-2b": 2_614_341_888,
+    "gemma-2-9b": 9_241_705_984,
+    "gemma-2b-it": 2_506_172_416,
+    "gemma-3-1b-it": 999_885_952,
+    "gemma-7b-it": 8_537_680_896,
+    "glm-4-9b-chat-hf": 9_399_951_360,
+    "glm-4-9b-chat": 9_399_951_360,
+    "gpt-j-6b": 6_050_882_784,
+    "gpt-neo-1.3B": 1_315_575_808,
+    "gpt-neox-20b": 20_554_567_680,
+    "gpt2": 124_439_808,
+    "granite-3.0-1b-a400m-base": 1_334_628_352,
+    "granite-3.1-2b-instruct": 2_533_531_648,
+    "granitemoeshared-rebuilt": 6_370_899_456,
+    "helium-1-preview-2b": 2_172_643_840,
+    "internlm-chat-7b": 7_321_948_160,
+    "internlm2_5-7b-chat": 7_737_708_544,
+    "internlm3-8b-instruct": 8_804_241_408,
+    "mpt-7b": 6_649_286_656,
+    "opt-1.3b": 1_315_758_080,
+    "persimmon-8b-base": 9_397_175_296,
+    "phi-1_5": 1_418_270_720,
+    "phi-2": 2_779_683_840,
+    "phi-4": 14_659_507_200,
+    "pythia-1.4b": 1_414_647_808,
+    "stablelm-2-12b": 12_143_185_920,
+    "stablelm-2-1_6b": 1_644_515_328,
+    "stablelm-base-alpha-3b": 3_637_321_728,
+    "starcoder": 15_517_456_384,
+    "starcoder2-3b": 3_030_371_328,
 }
 
 
@@ -40,18 +116,28 @@ def load(config: dict[str, Any], **more: Any) -> Model:
 def test_every_stored_config_is_tested() -> None:
     stored = {path.stem for path in CONFIGS.glob("*.json") if ".refused" not in path.name}
     assert stored == set(PUBLISHED)
-    assert {published(name)["model_type"] for name in stored} == set(ARCHITECTURES)
+    assert {load(published(name)).arch.name for name in stored} == set(ARCHITECTURES)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_published_config_parses(name: str) -> None:
+def test_published_config_parses_and_plans(name: str) -> None:
+    """At full size, without weights."""
     raw = published(name)
     before = copy.deepcopy(raw)
     model = load(raw)
     assert raw == before == model.config.raw
-    assert model.config.model_type == raw["model_type"]
+    assert model.label == "stable"
+    assert model.config.model_type == raw.get("model_type", model.arch.name)
     assert num_parameters(model) == PUBLISHED[name]
-    assert resolve_compile_config(model.config).kv_tokens == 4096
+    config = resolve_compile_config(model.config)
+    window = model.config.sliding_window or 4096
+    assert config.kv_tokens >= min(4096, window, model.config.max_position_embeddings)
+    profile, _ = get_target("cpu")
+    for scheme in ("q0f16", "q4f16_1"):
+        plan = estimate_plan(model, get_scheme(scheme), config, profile)
+        assert plan.weights > 0 and plan.workspace > 0
+        if scheme == "q0f16":
+            assert plan.weights == 2 * PUBLISHED[name]
 
 
 def test_values_that_need_a_rule() -> None:
@@ -65,6 +151,18 @@ def test_values_that_need_a_rule() -> None:
     assert qwen3.config.head_dim == 128 != qwen3.config.hidden_size // 16
     llama3 = load(published("Llama-3.2-1B-Instruct")).config.rope
     assert (llama3.kind, dict(llama3.params)["factor"]) == ("llama3", 32.0)
+
+
+def test_layers_may_differ() -> None:
+    upper = load({**published(QWEN2), "use_sliding_window": True}).config
+    assert (upper.sliding_window, upper.layer_window, upper.can_slide) == (None, 32768, False)
+    assert [kind.window is None for kind in upper.layers] == [True] * 21 + [False] * 3
+    gemma = load(published("gemma-3-1b-it")).config
+    assert [i for i, kind in enumerate(gemma.layers) if kind.window is None] == [5, 11, 17, 23]
+    assert {kind.rope.theta for kind in gemma.layers if kind.rope} == {1e4, 1e6}
+    assert gemma.layer_window == 512 and not gemma.cache_rotates
+    smol = load(published("SmolLM3-3B")).config
+    assert [i for i, kind in enumerate(smol.layers) if kind.rope is None] == [*range(3, 36, 4)]
 
 
 def test_mistral_with_a_longer_context_slides() -> None:
@@ -92,28 +190,26 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     (MISTRAL, {"attention_bias": False}, "unknown key attention_bias = false"),
     (LLAMA, {"architectures": ["LlamaForSequenceClassification"]}, "only LlamaForCausalLM"),
     (LLAMA, {"architectures": "LlamaForCausalLM"}, "must be a list of strings"),
-    (LLAMA, {"model_type": 3}, "model_type must be a string"),
-    (LLAMA, {"model_type": ABSENT}, "model_type is missing"),
+    (LLAMA, {"model_type": 3}, "model_type is missing or no string"),
+    (LLAMA, {"model_type": ABSENT, "architectures": ABSENT}, "model_type is missing"),
     # values that would change the maths
-    (LLAMA, {"hidden_act": "gelu"}, 'hidden_act is "gelu"; only "silu" is supported'),
+    (LLAMA, {"hidden_act": "xielu"}, 'hidden_act is "xielu"; only "silu" or'),
     (LLAMA, {"rope_interleaved": True}, "rope_interleaved is true"),
-    (LLAMA, {"pretraining_tp": 2}, "pretraining_tp is 2; only 1"),
     (LLAMA, {"quantization_config": {"quant_method": "awq"}}, "the unquantised checkpoint"),
     (LLAMA, {"is_encoder_decoder": True}, "only decoders are built"),
     (LLAMA, {"per_layer_config": {"0": {"hidden_size": 1}}}, "per_layer_config is"),
     (LLAMA, {"sliding_window": 4096}, "this model type has no window"),
     (LLAMA, {"layer_types": ["sliding_attention"] * 16}, "contradict each other"),
-    (LLAMA, {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
+    (LLAMA, {"partial_rotary_factor": 0.5}, "partial_rotary_factor makes 32; this model type"),
     (LLAMA, {"attention_bias": "yes"}, "attention_bias must be true or false"),
     (LLAMA, {"mlp_bias": 1}, "mlp_bias must be true or false"),
     (QWEN2, {"use_mrope": True}, "use_mrope is true"),
-    (QWEN2, {"use_sliding_window": True}, "max_window_layers is 21: layers below"),
     (QWEN2, {"use_sliding_window": 1}, "use_sliding_window must be true or false"),
-    (QWEN3, {"layer_types": ["full_attention"] * 27 + ["sliding_attention"]}, "mixes"),
+    (QWEN3, {"layer_types": ["full_attention"] * 27 + ["sliding_attention"]}, "says otherwise"),
     (QWEN3, {"layer_types": ["full_attention"] * 27}, "27 entries for num_hidden_layers = 28"),
     (QWEN3, {"layer_types": ["linear_attention"] * 28}, "holds 'linear_attention'"),
-    (QWEN3, {"layer_types": ["sliding_attention"] * 28}, "but the window is None"),
-    (MISTRAL, {"layer_types": ["full_attention"] * 32}, "but the window is 4096"),
+    (QWEN3, {"layer_types": ["sliding_attention"] * 28}, "all layers have full_attention"),
+    (MISTRAL, {"layer_types": ["full_attention"] * 32}, "all layers have sliding_attention"),
     # impossible sizes
     (LLAMA, {"hidden_size": ABSENT}, "hidden_size is missing"),
     (LLAMA, {"hidden_size": 0}, "hidden_size is 0, outside"),
@@ -198,7 +294,7 @@ def test_accepted(name: str, changes: dict[str, Any], key: str, expected: object
 
 @pytest.mark.parametrize(
     ("wrong", "close"),
-    [("lama", "llama"), ("mistrall", "mistral"), ("qwen", "qwen2"), ("QWEN3", "qwen3")],
+    [("lama", "llama"), ("mistrall", "mistral"), ("qwen4", "qwen2"), ("QWEN3", "qwen3")],
 )
 def test_unknown_type_names_the_closest(wrong: str, close: str) -> None:
     with pytest.raises(InputError) as caught:
@@ -227,9 +323,22 @@ def test_forced_type_is_no_way_around_the_checks() -> None:
         load(published(QWEN2), model_type="llama")
     with pytest.raises(InputError, match="unknown keys attention_bias = false, mlp_bias"):
         load(published(LLAMA), model_type="qwen2")
-    # Naming the type that the file has anyway checks the class as ever.
     with pytest.raises(InputError, match="architectures is Other"):
-        load({**published(LLAMA), "architectures": ["Other"]}, model_type="llama")
+        load({**published(LLAMA), "architectures": ["Other"]})
+
+
+def test_class_alone_names_the_type() -> None:
+    config = published(LLAMA)
+    del config["model_type"]
+    assert (load(config), load(config).label) == (load(published(LLAMA)), "stable")
+
+
+def test_forced_type_is_the_users_word() -> None:
+    assert load(published(LLAMA), model_type="llama").label == "stable"
+    for changes in ({"model_type": "mine"}, {"architectures": ["Other"]}):
+        model = load({**published(LLAMA), **changes}, model_type="llama")
+        assert model.label == "structural-only"
+        assert model.identity()["basis"] == "named"
 
 
 def test_raw_survives_json() -> None:

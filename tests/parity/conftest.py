@@ -5,23 +5,26 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
+from architecture_cases import Case
 from tiny_models import SIZES, Built, build, save_checkpoint
+
+LLAMA = Case("llama")
 
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """A tiny checkpoint by model type and config.json changes; each is made once."""
+    """The tiny checkpoint of a case; each is made once."""
     made: dict[str, Path] = {}
 
-    def make(model_type: str = "llama", **changes: Any) -> Path:
+    def make(case: Case = LLAMA, seed: int = 0) -> Path:
         pytest.importorskip("torch")
         pytest.importorskip("transformers")
-        key = json.dumps([model_type, changes], sort_keys=True)
+        key = json.dumps([case.model_type, case.config, seed], sort_keys=True)
         if key not in made:
-            made[key] = save_checkpoint(tmp_path_factory.mktemp(model_type), model_type, **changes)
+            folder = tmp_path_factory.mktemp(case.model_type)
+            made[key] = save_checkpoint(folder, case.model_type, seed, config=case.config)
         return made[key]
 
     return make

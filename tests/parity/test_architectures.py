@@ -1,87 +1,76 @@
-"""Every registered architecture: compiled for cpu in float32, against transformers."""
+"""Every registered architecture: compiled for cpu in float32, against its reference."""
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
+import cases_classic
+import cases_dense
+import cases_llama
+import cases_sparse
+import numpy as np
 import pytest
-from tiny_models import SIZES, build
+from architecture_cases import SEEDS, TEXT, Case
+from tiny_models import VOCAB, Built, build, convert, save_checkpoint, save_tokenizer
 
-from mlc_compile.models import ARCHITECTURES
+from mlc_compile.models import ARCHITECTURES, load_model
+from mlc_compile.runtime.reference import Attention, NumpyReference, checkpoint_weights
 from mlc_compile.runtime.verify import verify
+from mlc_compile.weights.checkpoint import open_checkpoint
 
-# Smaller than every longer prompt, no multiple of a page, and not of the chunk.
-WINDOW = {"sliding_window_size": 21, "prefill_chunk_size": 16, "max_batch_size": 3}
-SMALL = {"context_window_size": 40, "prefill_chunk_size": 7, "max_batch_size": 1}
-
-# name -> (model type, changes of config.json, sizes of the library, scenarios that are skipped)
-FULL = frozenset({"window_wrap"})
-SLIDING = frozenset({"full_context", "fork"})
-CASES: Mapping[str, tuple[str, Mapping[str, Any], Mapping[str, int], frozenset[str]]] = {
-    "llama": ("llama", {}, SIZES, FULL),
-    "mistral": ("mistral", {"sliding_window": 21}, WINDOW, SLIDING),
-    "qwen2": ("qwen2", {"tie_word_embeddings": True}, SIZES, FULL),
-    "qwen3": ("qwen3", {"head_dim": 40}, SIZES, FULL),
+FAMILIES = (cases_llama, cases_dense, cases_classic, cases_sparse)
+CASES: Mapping[str, Case] = {
+    name: case for family in FAMILIES for name, case in family.CASES.items()
 }
-MORE: Mapping[str, tuple[str, Mapping[str, Any], Mapping[str, int], frozenset[str]]] = {
-    "llama-biases": (
-        "llama",
-        {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 4},
-        SMALL,
-        FULL | {"ragged_batch", "fork"},
-    ),
-    "llama-scaled": (
-        "llama",
-        {
-            "num_key_value_heads": 1,
-            "tie_word_embeddings": True,
-            "rope_scaling": {
-                "rope_type": "llama3",
-                "factor": 8.0,
-                "low_freq_factor": 1.0,
-                "high_freq_factor": 4.0,
-                "original_max_position_embeddings": 32,
-            },
-        },
-        SIZES,
-        FULL,
-    ),
-    "llama-sinks": ("llama", {}, {**WINDOW, "attention_sink_size": 3}, frozenset({"full_context"})),
-    "mistral-within-its-window": ("mistral", {"sliding_window": 192}, SIZES, FULL),
-    "qwen2-window": (
-        "qwen2",
-        {"use_sliding_window": True, "sliding_window": 21, "max_window_layers": 0},
-        WINDOW,
-        SLIDING,
-    ),
-    "qwen3-biases": ("qwen3", {"attention_bias": True, "head_dim": 16}, SIZES, FULL),
-}
+DECODE_STEPS = 44  # more than twice the window of the cases that have one
+QUICK = ("llama", "mistral", "qwen2", "qwen3")
 
 
 def test_every_architecture_has_a_case() -> None:
-    assert {case[0] for case in CASES.values()} == set(ARCHITECTURES)
+    assert {case.model_type for case in CASES.values()} == set(ARCHITECTURES)
+    assert sum(len(family.CASES) for family in FAMILIES) == len(CASES)
 
 
 @pytest.mark.parametrize(
-    "name", [*CASES, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE)]
+    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in CASES]
 )
-def test_library_equals_transformers(
-    name: str, checkpoint: Callable[..., Path], tmp_path: Path
-) -> None:
-    model_type, changes, sizes, skipped = {**CASES, **MORE}[name]
-    source = checkpoint(model_type, **changes)
-    built = build(source, "q0f32", tmp_path / "out", sizes)
-    report = verify(built.directory, built.library, source)
-    print(report.to_text())
-    assert report.failures == []
-    assert {s.name for s in report.scenarios if s.skipped} == skipped
-    expected = "numpy" if "attention_sink_size" in sizes else "transformers"
-    assert report.reference.startswith(expected)
-    assert report.parameters is not None
-    assert report.parameters.exact == report.parameters.compared
-    # Far below the thresholds, which leave room for models of many layers.
-    assert max(s.worst("nmse") for s in report.scenarios) < 1e-9
-    shutil.rmtree(tmp_path / "out")
+def test_library_equals_reference(name: str, tmp_path: Path) -> None:
+    """Prefill, chunks, ragged batches and decoding, with the weights of several seeds."""
+    case = CASES[name]
+    built: Built | None = None
+    for seed in SEEDS[:1] if name in QUICK else SEEDS:
+        source = tmp_path / f"checkpoint{seed}"
+        if case.twin is None:
+            save_checkpoint(source, case.model_type, seed, config=case.config)
+        else:
+            source.mkdir()
+            twin = case.twin(source, seed)
+            save_tokenizer(source)
+            _numpy_equals(source, twin, seed)
+        if built is None:
+            built = build(source, "q0f32", tmp_path / "out", case.sizes)
+        else:
+            convert(source, "q0f32", tmp_path / "out", case.sizes, overwrite=True)
+        report = verify(built.directory, built.library, source, decode_steps=DECODE_STEPS)
+        print(report.to_text())
+        assert report.failures == []
+        assert {s.name for s in report.scenarios if s.skipped} == case.skipped
+        numpy = case.twin is not None or "attention_sink_size" in case.sizes
+        assert report.reference.startswith("numpy" if numpy else "transformers")
+        assert report.parameters is not None
+        assert report.parameters.exact == report.parameters.compared
+        # Far below the thresholds, which leave room for models of many layers.
+        assert max(s.worst("nmse") for s in report.scenarios) < 1e-9
+
+
+def _numpy_equals(source: Path, twin: object, seed: int) -> None:
+    """Our decoder in numpy gives the twin's logits."""
+    checkpoint = open_checkpoint(source)
+    model = load_model(checkpoint.config, where=str(source))
+    attention = Attention(window=model.config.sliding_window, sink=0, context=TEXT)
+    own = NumpyReference(model, checkpoint_weights(model, checkpoint), attention)
+    text = np.random.default_rng(seed).integers(0, VOCAB - 1, TEXT).tolist()
+    expected = twin(text)
+    found = own.logits(text, range(TEXT))
+    assert np.square(found - expected).mean() / np.square(expected).mean() < 1e-9

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_architectures import CASES, MORE
-from tiny_models import SIZES, build
+from architecture_cases import MECHANISMS, Case
+from cases_llama import CASES as LLAMA
+from test_architectures import CASES
+from tiny_models import build
 
 from mlc_compile.quantization.scheme import SCHEMES
 from mlc_compile.runtime import cuda_emulator
@@ -21,11 +23,11 @@ ARCHS = (75, 80, 90)
 # What matrix units and vectors of 16 bytes divide; others are the odd sizes of the tiny models.
 EVEN = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 64}
 ALL = {
-    "one-layer": ("llama", {**EVEN, "num_hidden_layers": 1}, SIZES, frozenset({"window_wrap"})),
-    "even": ("llama", EVEN, SIZES, frozenset({"window_wrap"})),
-    "even-128": ("qwen3", {**EVEN, "head_dim": 128}, SIZES, frozenset({"window_wrap"})),
-    **CASES,
-    **MORE,
+    "one-layer": Case("llama", {**EVEN, "num_hidden_layers": 1}),
+    "even": Case("llama", EVEN),
+    "even-128": Case("qwen3", {**EVEN, "head_dim": 128}),
+    **LLAMA,
+    **{name: CASES[name] for name in MECHANISMS},
 }
 QUICK = {("one-layer", "q4f16_1", 75)}
 
@@ -33,7 +35,7 @@ QUICK = {("one-layer", "q4f16_1", 75)}
 def cases() -> list[Any]:
     """Every architecture and variant, and every scheme on one of even sizes; the devices take
     turns."""
-    wide = [(name, "q4f16_1", ARCHS) for name in ALL] + [(name, "q0f32", ARCHS) for name in CASES]
+    wide = [(name, "q4f16_1", ARCHS) for name in ALL] + [(name, "q0f32", ARCHS) for name in LLAMA]
     for scheme in SCHEMES:
         if scheme not in ("q4f16_1", "q0f32"):
             bfloat16 = SCHEMES[scheme].model_dtype == "bfloat16"
@@ -47,8 +49,8 @@ def cases() -> list[Any]:
 def test_library_equals_transformers(
     name: str, scheme: str, arch: int, checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
-    model_type, changes, sizes, skipped = ALL[name]
-    source = checkpoint(model_type, **changes)
+    case = ALL[name]
+    source, sizes, skipped = checkpoint(case), case.sizes, case.skipped
     if "sliding_window_size" in sizes:
         sizes = {**sizes, "max_batch_size": TARGETS["cuda"].max_windowed_sequences or 1}
         skipped |= {"ragged_batch", "fork"}
@@ -68,8 +70,8 @@ def test_library_equals_transformers(
 
 @pytest.mark.slow
 def test_graphs_and_dependent_launches(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
-    model_type, changes, sizes, skipped = ALL["one-layer"]
-    source = checkpoint(model_type, **changes)
+    case = ALL["one-layer"]
+    source, sizes, skipped = checkpoint(case), case.sizes, case.skipped
     with cuda_emulator.emulated(arch=90, races=True), cuda_emulator.record() as launches:
         built = build(source, "q4f16_1", tmp_path, sizes, opt="O3", target="cuda:sm_90")
         report = verify(built.directory, built.library, source, decode_steps=8)

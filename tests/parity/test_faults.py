@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from architecture_cases import Case
 from click.testing import CliRunner
 from tiny_models import SIZES, Built, convert
 
@@ -225,12 +226,14 @@ def test_nan_in_the_library_fails(
 def test_another_checkpoint_is_refused_or_fails(
     tiny_llama: Built, checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
-    other_size = checkpoint("llama", intermediate_size=128)
+    other_size = checkpoint(Case("llama", {"intermediate_size": 128}))
     with pytest.raises(InputError, match="intermediate_size is 128 and 160"):
         verify(tiny_llama.directory, tiny_llama.library, other_size)
     with pytest.raises(InputError, match="is not the model"):
-        verify(tiny_llama.directory, tiny_llama.library, checkpoint("llama", rope_theta=5e5))
-    same_size = checkpoint("llama", seed=1)
+        verify(
+            tiny_llama.directory, tiny_llama.library, checkpoint(Case("llama", {"rope_theta": 5e5}))
+        )
+    same_size = checkpoint(seed=1)
     report = verify(tiny_llama.directory, tiny_llama.library, same_size, engine="numpy")
     assert failing(report) == set()  # the stored weights are what the library computes with …
     assert len(report.failures) == 1 and "and 14 more" in report.failures[0]  # … but not these

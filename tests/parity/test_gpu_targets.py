@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_architectures import CASES, MORE
+from architecture_cases import MECHANISMS
+from cases_llama import CASES as LLAMA
+from test_architectures import CASES
 from tiny_models import build
 
 from mlc_compile.quantization.scheme import SCHEMES
@@ -28,9 +30,9 @@ QUICK = {
 
 
 def cases() -> list[Any]:
-    """Every architecture and variant in float32; every scheme on one architecture."""
+    """The Llama family and each mechanism in float32; every scheme on one architecture."""
     found = []
-    for device, name in itertools.product(DEVICES, {**CASES, **MORE}):
+    for device, name in itertools.product(DEVICES, [*LLAMA, *MECHANISMS]):
         found.append((device, name, "q0f32"))
     for device, scheme in itertools.product(DEVICES, SCHEMES):
         if SCHEMES[scheme].model_dtype in TARGETS[DEVICES[device]].dtypes and scheme != "q0f32":
@@ -53,8 +55,8 @@ def test_library_equals_transformers(
 ) -> None:
     if device in ("webgpu", "cuda"):
         request.getfixturevalue(device)
-    model_type, changes, sizes, skipped = {**CASES, **MORE}[name]
-    source = checkpoint(model_type, **changes)
+    case = CASES[name]
+    source, sizes, skipped = checkpoint(case), case.sizes, case.skipped
     if "sliding_window_size" in sizes:
         sizes = {**sizes, "max_batch_size": TARGETS[DEVICES[device]].max_windowed_sequences or 1}
         skipped |= {"ragged_batch", "fork"}

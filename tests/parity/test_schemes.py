@@ -6,7 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tiny_models import SIZES, build
+from architecture_cases import MECHANISMS
+from test_architectures import CASES
+from tiny_models import SIZES, build, save_checkpoint
 
 from mlc_compile.quantization.scheme import SCHEMES
 from mlc_compile.runtime.verify import verify
@@ -41,3 +43,16 @@ def test_library_equals_transformers(
     if scheme.is_plain:
         assert report.parameters.exact == report.parameters.compared
         assert loss < 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MECHANISMS)
+def test_mechanisms_in_four_bits(name: str, tmp_path: Path) -> None:
+    """Against the reference on the dequantised weights, with the bounds of float16."""
+    case = CASES[name]
+    source = save_checkpoint(tmp_path / "source", case.model_type, config=case.config)
+    built = build(source, "q4f16_1", tmp_path / "out", case.sizes)
+    report = verify(built.directory, built.library, source)
+    print(report.to_text())
+    assert report.failures == []
+    assert max(s.worst("nmse") for s in report.scenarios) < 1e-3

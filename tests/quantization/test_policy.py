@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from mlc_compile.models.spec import ParamSpec, Role
+from mlc_compile.models.params import ParamSpec, Role, Source
 from mlc_compile.quantization.policy import StoredParam, is_quantized, stored_layout, stored_params
 from mlc_compile.quantization.scheme import SCHEMES, QuantScheme
 
@@ -15,7 +15,7 @@ schemes = pytest.mark.parametrize("scheme", SCHEMES.values(), ids=lambda s: s.na
 
 def spec(role: Role, shape: tuple[int, ...] = (48, 100)) -> ParamSpec:
     suffix = "bias" if role == "bias" else "weight"
-    return ParamSpec(f"m.{role}.{suffix}", shape, role, ("s",))
+    return ParamSpec(f"m.{role}.{suffix}", shape, role, (Source("s"),))
 
 
 @schemes
@@ -45,6 +45,21 @@ def test_vectors_keep_the_model_dtype(scheme: QuantScheme) -> None:
         assert not is_quantized(vector, scheme)
         stored = stored_params(vector, scheme)
         assert stored == (StoredParam(vector.name, (48,), scheme.model_dtype),)
+
+
+@schemes
+def test_experts_keep_their_rows_together_and_routers_their_dtype(scheme: QuantScheme) -> None:
+    router = spec("router")
+    assert stored_params(router, scheme) == (
+        StoredParam(router.name, (48, 100), scheme.model_dtype),
+    )
+    experts = spec("expert", (6, 48, 100))
+    shapes = [stored.shape for stored in stored_params(experts, scheme)]
+    if scheme.is_plain:
+        assert shapes == [(6, 48, 100)]
+    else:
+        assert stored_layout(experts, scheme) == "NK"
+        assert shapes == [(6, 48, scheme.num_words(100)), (6, 48, scheme.num_groups(100))]
 
 
 def test_bytes_are_exact() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,13 +10,30 @@ from typing import Any
 
 import numpy as np
 import pytest
+from every_model import HUGGING_FACE, config_json
 from safetensors.numpy import save_file
 
 from mlc_compile.errors import EnvironmentLacksError, InputError
-from mlc_compile.models import ARCHITECTURES, Model, load_model
-from mlc_compile.models.spec import Architecture, GatedMLP, GroupedQuery, RMSNorm
+from mlc_compile.models import ARCHITECTURES, Model, detect, load_model
+from mlc_compile.models import options as options_module
+from mlc_compile.models.options import (
+    MLP,
+    Alibi,
+    Block,
+    GatedMLP,
+    GroupedQuery,
+    HeadNorm,
+    LayerNorm,
+    Learned,
+    Option,
+    RMSNorm,
+    Rotary,
+    SparseMLP,
+)
+from mlc_compile.models.spec import Architecture
 from mlc_compile.quantization.scheme import SCHEMES, QuantScheme, get_scheme
 from mlc_compile.runtime import reference as reference_module
+from mlc_compile.runtime.formulas import ACTIVATIONS
 from mlc_compile.runtime.reference import (
     CUT,
     MAX_STEPS,
@@ -30,6 +48,7 @@ from mlc_compile.runtime.reference import (
 )
 from mlc_compile.weights.checkpoint import Checkpoint, open_checkpoint
 from mlc_compile.weights.convert import convert_weight
+from mlc_compile.weights.parts import published
 
 Array = np.ndarray[Any, Any]
 VOCAB, CONTEXT = 96, 160
@@ -67,7 +86,7 @@ SCALED: Mapping[str, Mapping[str, Any]] = {
 }
 # (name, model type, changes of config.json)
 CASES: list[tuple[str, str, dict[str, Any]]] = [
-    *((name, name, {}) for name in ARCHITECTURES),
+    *((name, name, {}) for name in ("llama", "mistral", "qwen2", "qwen3")),
     ("llama tied", "llama", {"tie_word_embeddings": True}),
     ("llama biases", "llama", {"attention_bias": True, "mlp_bias": True}),
     ("llama all heads", "llama", {"num_key_value_heads": 4}),
@@ -134,6 +153,19 @@ def test_numpy_equals_transformers(model_type: str, changes: dict[str, Any]) -> 
     assert ours.greedy(text[:20], 12) == theirs.greedy(text[:20], 12)
 
 
+@pytest.mark.parametrize("name", HUGGING_FACE)
+def test_numpy_equals_transformers_for_every_architecture(name: str) -> None:
+    """Both take apart or read the same parameters: names, rows, structure and numbers."""
+    pytest.importorskip("torch")
+    config = config_json(name)
+    model = load_model(config, where=name)
+    weights, attention = random_weights(model), attention_of(model)
+    text = tokens(70)
+    found = NumpyReference(model, weights, attention).logits(text, range(70))
+    theirs = TransformersReference(config, model, weights, attention, where=name)
+    assert nmse(found, theirs.logits(text, range(70))) < 1e-9
+
+
 @pytest.mark.parametrize("name", ["dynamic", "longrope"])
 def test_rope_that_grows_is_fixed_at_the_librarys_context(name: str) -> None:
     """A text of 20 tokens is computed as a library of 160 computes it, in both references."""
@@ -196,13 +228,38 @@ def test_with_sinks_it_matters_where_calls_begin() -> None:
 
 
 def test_every_option_is_one_that_the_numpy_decoder_reads() -> None:
-    """A new field would silently be left out: teach `NumpyReference` first, then list it here."""
-    assert set(GroupedQuery.__dataclass_fields__) == {"qkv_bias", "out_bias", "qk_norm"}
-    assert set(GatedMLP.__dataclass_fields__) == {"activation", "bias"}
-    assert set(RMSNorm.__dataclass_fields__) == set()
-    assert set(Architecture.__dataclass_fields__) == {
-        *("name", "hf_classes", "attention", "mlp", "norm", "schema", "names", "label")
+    """A new field would silently be left out: teach `NumpyReference` first, then list it here.
+
+    Biases, and what is done to weights as they are read, show in the weights.
+    """
+    read: dict[type[Option], set[str]] = {
+        RMSNorm: {"add"},
+        LayerNorm: {"weight", "bias", "add"},
+        HeadNorm: {"norm", "over", "enabled", "apart"},
+        Rotary: {"interleaved"},
+        Learned: {"offset"},
+        Alibi: {"rounded"},
+        GroupedQuery: {"qkv_bias", "out_bias", "qk_norm"},
+        GatedMLP: {"activation", "bias"},
+        MLP: {"activation", "bias"},
+        SparseMLP: {"activation", "score", "renormalize", "shared"},
+        Block: {"input_norms", "output_norms", "parallel", "shared_norm"},
+        Architecture: {
+            *("name", "hf_classes", "schema", "names", "label", "variant"),
+            *("attention", "mlp", "norm", "positions", "block"),
+            *("embed_norm", "final_norm", "head_bias", "unit_head"),
+        },
     }
+    assert set(read) == {Architecture, *options()}
+    for option, names in read.items():
+        assert {field.name for field in dataclasses.fields(option)} == names, option
+    assert ACTIVATIONS.keys() == set(detect.ACTIVATIONS)
+
+
+def options() -> set[type[Option]]:
+    """All that are declared in models/options.py."""
+    found = [o for o in vars(options_module).values() if isinstance(o, type)]
+    return {o for o in found if issubclass(o, Option)} - {Option}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -239,6 +296,35 @@ def test_choice_of_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     assert caught.value.exit_code == 3
 
 
+def test_an_architecture_that_transformers_lacks_takes_numpy() -> None:
+    pytest.importorskip("transformers")
+    config = config_of("orion")
+    model = load_model(config, where="config.json")
+    weights, attention = random_weights(model), attention_of(model)
+    chosen, why = make_reference(config, model, weights, attention, where="here")
+    assert isinstance(chosen, NumpyReference)
+    assert why == "transformers has no class for orion"
+    with pytest.raises(InputError, match=r"here: transformers has no class for orion; use --eng"):
+        make_reference(config, model, weights, attention, engine="transformers", where="here")
+
+
+@pytest.mark.parametrize("engine", ["numpy", "transformers"])
+@pytest.mark.parametrize("model_type", ["llama", "gemma2"])
+def test_changed_weights_are_taken_again(model_type: str, engine: str) -> None:
+    """Of what is rearranged on its way to torch, nothing is shared with it."""
+    pytest.importorskip("transformers")
+    config = config_of(model_type, tie_word_embeddings=True)
+    model = load_model(config, where="config.json")
+    weights, attention = random_weights(model), attention_of(model)
+    chosen, _ = make_reference(config, model, weights, attention, engine=engine, where="here")
+    before = chosen.logits(tokens(9), [8])
+    weights["model.norm.weight"] += 1
+    chosen.reload()
+    fresh, _ = make_reference(config, model, weights, attention, engine=engine, where="here")
+    assert np.array_equal(chosen.logits(tokens(9), [8]), fresh.logits(tokens(9), [8]))
+    assert nmse(chosen.logits(tokens(9), [8]), before) > 1e-3
+
+
 def test_a_window_that_the_class_does_not_have_takes_numpy() -> None:
     config = config_of()
     model = load_model(config, where="config.json")
@@ -265,16 +351,8 @@ def test_code_of_a_checkpoint_is_not_run(tmp_path: Path, monkeypatch: pytest.Mon
 def save(path: Path, model: Model, weights: Mapping[str, Array], config: Any) -> Checkpoint:
     """A Hugging Face directory with these weights."""
     path.mkdir(parents=True, exist_ok=True)
-    tensors: dict[str, Array] = {}
-    c = model.config
-    q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-    for spec in model.parameters():
-        cuts = [q, q + kv] if len(spec.sources) == 3 else [c.intermediate_size]
-        parts = (
-            np.split(weights[spec.name], cuts) if len(spec.sources) > 1 else [weights[spec.name]]
-        )
-        tensors |= dict(zip(spec.sources, map(np.ascontiguousarray, parts), strict=True))
-    save_file(tensors, path / "model.safetensors")
+    tensors = published(model.parameters(), weights)
+    save_file({n: np.ascontiguousarray(t) for n, t in tensors}, path / "model.safetensors")
     (path / "config.json").write_text(json.dumps(config))
     return open_checkpoint(path)
 
@@ -310,6 +388,26 @@ def test_stored_weights_are_the_checkpoints(
         assert error < {3: 0.1, 4: 0.02, 8: 1e-4}[scheme.bits]
 
 
+@pytest.mark.parametrize("scheme", ["q0f16", "q4f16_1", "q4f16_0"])
+@pytest.mark.parametrize("name", ["gpt2", "falcon", "gemma2", "cohere-qk-norm", "qwen2_moe", "glm"])
+def test_stored_weights_of_other_layouts(name: str, scheme: str, tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    config = dict(config_json(name))
+    model = load_model(config, where=name)
+    weights = random_weights(model)
+    checkpoint = save(tmp_path / "checkpoint", model, weights, config)
+    for name, found in checkpoint_weights(model, checkpoint).items():
+        np.testing.assert_allclose(found, weights[name], rtol=1e-6, atol=1e-6)
+    convert_weight(checkpoint, model, SCHEMES[scheme], tmp_path / "out")
+    check = check_parameters(model, SCHEMES[scheme], tmp_path / "out", checkpoint)
+    assert check.faults == () and check.compared == len(weights)
+    assert check.worst_steps < MAX_STEPS
+    stored = stored_weights(model, SCHEMES[scheme], tmp_path / "out")
+    for name, found in stored.items():
+        assert found.shape == weights[name].shape
+        assert nmse(found, weights[name]) < 0.03
+
+
 @pytest.mark.parametrize("name", ["q0f32", "q0f16", "q4f16_1", "q3f16_0", "q4bf16_1"])
 @pytest.mark.parametrize("changed", ["mlp.down_proj.weight", "self_attn.qkv_proj.bias"])
 def test_other_weights_are_found(
@@ -332,6 +430,12 @@ def test_tensors_that_are_not_the_classes_are_refused(source: tuple[Model, Check
     model, checkpoint = source
     weights = checkpoint_weights(model, checkpoint)
     name = "model.layers.0.mlp.down_proj.weight"
-    weights[name] = np.ascontiguousarray(weights[name].T)
-    with pytest.raises(InputError, match=r"differ in 1 tensors, first model\.layers\.0\.mlp\.down"):
-        TransformersReference(checkpoint.config, model, weights, attention_of(model), where="here")
+    flipped = {**weights, name: np.ascontiguousarray(weights[name].T)}
+    config, attention = checkpoint.config, attention_of(model)
+    with pytest.raises(InputError, match=r"down_proj\.weight is \[80, 48\], not \[48, 80\]"):
+        TransformersReference(config, model, flipped, attention, where="here")
+    unbiased = load_model(config_of("llama"), where="config.json")
+    plain = {spec.name: weights[spec.name] for spec in unbiased.parameters()}
+    other = dataclasses.replace(unbiased, arch=dataclasses.replace(unbiased.arch, name="qwen2"))
+    with pytest.raises(InputError, match=r"Qwen2ForCausalLM and .* differ in 6 tensors, first mod"):
+        TransformersReference(config, other, plain, attention, where="here")

@@ -231,8 +231,9 @@ class WindowOneTooLong(NumpyReference):
 class LastPositionOff(NumpyReference):
     """The newest token is rotated as if it stood one further."""
 
-    def _rotate(self, x: Any, positions: Any) -> Any:
-        return super()._rotate(x, positions + (positions == positions[-1]) * (positions > 0))
+    def _rotate(self, x: Any, positions: Any, rope: Any) -> Any:
+        off = (positions == positions[-1]) * (positions > 0)
+        return super()._rotate(x, positions + off, rope)
 
 
 class DecodeForgets(Engine):

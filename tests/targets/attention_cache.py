@@ -60,7 +60,34 @@ class Backend:
 
 
 def frequencies(rotary_dim: int) -> np.ndarray:
+    """[rotary_dim / 2] float32; none of them for a cache that rotates nothing."""
     return (10000.0 ** (-np.arange(0, rotary_dim, 2) / rotary_dim)).astype(np.float32)
+
+
+def windowed(layer: int) -> bool:
+    """Whether `layer_window` bounds this layer: the first one of two and every other."""
+    return layer % 2 == 0
+
+
+def attend(
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float, softcap: float | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """One row's attention to the keys it sees, and its lse in base 2, in float64.
+
+    q [q, d], k and v [n, kv, d] -> [q, d] and [q]; without a key 0 and -inf. `softcap` bounds the
+    scaled scores by softcap * tanh(score / softcap) (Gemma 2, arXiv 2408.00118, section 2).
+    """
+    if not len(k):
+        return np.zeros(q.shape), np.full(len(q), -np.inf)
+    group = len(q) // k.shape[1]
+    score = np.einsum("hd,nhd->hn", q, np.repeat(k, group, 1)) * scale
+    if softcap is not None:
+        score = softcap * np.tanh(score / softcap)
+    top = score.max(-1)
+    p = np.exp(score - top[:, None])
+    total = p.sum(-1)
+    out = np.einsum("hn,nhd->hd", p / total[:, None], np.repeat(v, group, 1))
+    return out, (top + np.log(total)) / np.log(2)
 
 
 class Attend(nn.Module):
@@ -90,7 +117,10 @@ class Attend(nn.Module):
 
     def _attend(self, layer: int, qkv: nn.Tensor, kv: PagedKVCache) -> nn.Tensor:
         heads, d = self.numbers["num_qo_heads"], self.numbers["head_dim"]
-        return kv.attention_with_fused_qkv(layer, qkv, heads, d**-0.5)
+        scale = d**-0.5
+        if self.numbers["layer_window"] is not None and windowed(layer):
+            scale = -scale
+        return kv.attention_with_fused_qkv(layer, qkv, heads, scale)
 
     def attend0(self, qkv: nn.Tensor, kv: PagedKVCache) -> nn.Tensor:
         return self._attend(0, qkv, kv)
@@ -132,7 +162,10 @@ def runtime(name: str, *args: Any) -> Any:
 
 
 class Cache:
-    """A runtime cache beside a plain record of every token, and the check of one by the other."""
+    """A runtime cache beside a plain record of every token, and the check of one by the other.
+
+    `rotary_dim=0` rotates nothing; `layer_window` bounds every other layer, `windowed` says which.
+    """
 
     def __init__(
         self,
@@ -147,6 +180,8 @@ class Cache:
         layers: int = 1,
         window: int | None = None,
         sink: int = 0,
+        softcap: float | None = None,
+        layer_window: int | None = None,
         batch: int = 8,
         total: int = 2048,
         chunk: int = 512,
@@ -154,6 +189,7 @@ class Cache:
     ) -> None:
         self.q_heads, self.kv_heads, self.d, self.layers = q_heads, kv_heads, d, layers
         self.dtype, self.window, self.sink, self.factor = dtype, window, sink, factor
+        self.softcap, self.layer_window = softcap, layer_window
         self.freq = frequencies(d if rotary_dim is None else rotary_dim)
         self.vm = library(
             (
@@ -166,6 +202,8 @@ class Cache:
                 ("attention_factor", factor),
                 ("sliding_window", window),
                 ("attention_sink", sink),
+                ("softcap", softcap),
+                ("layer_window", layer_window),
             ),
             backend,
         )
@@ -239,12 +277,14 @@ class Cache:
         assert error < TOLERANCE[self.dtype] * slack, (what, error)
         self.worst = max(self.worst, error)
 
-    def visible(self, length: int, row: int) -> np.ndarray:
+    def visible(self, length: int, row: int, layer: int) -> np.ndarray:
         keys = np.arange(length)
         mask = keys <= row
         if self.window is not None:
             near = keys > row - (self.window - self.sink)
             mask &= near | (keys < self.sink)
+        if self.layer_window is not None and windowed(layer):
+            mask &= keys > row - self.layer_window
         return mask
 
     def rotate(self, x: np.ndarray, position: Any) -> np.ndarray:
@@ -270,7 +310,6 @@ class Cache:
         near = self.rounded(self.rotate(k, np.arange(n)))
         out = np.empty((self.layers, rows, self.q_heads, self.d))
         for r, row in enumerate(range(n - rows, n)):
-            keep = self.visible(n, row)
             qr = self.rounded(self.rotate(q[:, row], np.full(self.layers, row)))
             keys = near
             if self.sink:
@@ -279,16 +318,10 @@ class Cache:
                 keys = near.copy()
                 first = np.arange(self.sink)
                 keys[:, : self.sink] = self.rotate(k[:, : self.sink], first[:n] + gone)
-            out[:, r] = self.attention(qr, keys[:, keep], v[:, keep])
+            for i in range(self.layers):
+                keep = self.visible(n, row, i)
+                out[i, r], _ = attend(qr[i], keys[i, keep], v[i, keep], self.d**-0.5, self.softcap)
         return out
-
-    def attention(self, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
-        """q [layers, q, d], k and v [layers, n, kv, d] -> [layers, q, d]"""
-        group = self.q_heads // self.kv_heads
-        k, v = np.repeat(k, group, 2), np.repeat(v, group, 2)
-        score = np.einsum("lhd,lnhd->lhn", q, k) * self.d**-0.5
-        p = np.exp(score - score.max(-1, keepdims=True))
-        return np.einsum("lhn,lnhd->lhd", p / p.sum(-1, keepdims=True), v)
 
 
 Make = Callable[..., Cache]
@@ -351,15 +384,19 @@ def many_forks(make: Make) -> None:
     cache.step([5, 2], [1, 1])
 
 
-def shared_prefix(make: Make) -> None:
+def shared_prefix(make: Make, **shape: Any) -> None:
     # Enough that the runtime joins their decode steps over the prefix into one prefill.
-    cache = make(batch=48, total=4096)
+    cache = make(batch=48, total=4096, **shape)
     cache.add(0)
     cache.step([0], [64])
     for child in range(1, 40):
         cache.fork(0, child)
     cache.step(list(range(40)), [1] * 40)
     cache.step(list(range(40)), [1] * 40)
+    if cache.layer_window is not None:
+        # One call over the prefix whose rows have positions, so bounds, in no order.
+        cache.step(list(range(40)), [1 + 11 * i % 23 for i in range(40)])
+        cache.step(list(range(40)), [1] * 40)
 
 
 def popn_and_reuse(make: Make) -> None:
@@ -380,8 +417,8 @@ def popn_and_reuse(make: Make) -> None:
     cache.step([2, 0], [1, 1])
 
 
-def unwritten_slots(make: Make, window: int | None) -> None:
-    cache = make(total=64, chunk=64, batch=1, window=window)
+def unwritten_slots(make: Make, window: int | None, **shape: Any) -> None:
+    cache = make(total=64, chunk=64, batch=1, window=window, **shape)
     pages = runtime("attention_kv_cache_get_num_available_pages", cache.kv)
     heads = cache.q_heads + 2 * cache.kv_heads
     bad = np.full((1, 16 * (pages - 1), heads, cache.d), np.nan, DTYPES[cache.dtype])
@@ -421,9 +458,9 @@ def check_tree(
     cache.tokens[i] = tokens
 
 
-def trees_and_commit(make: Make, trees: Sequence[tuple[list[int], int]]) -> None:
+def trees_and_commit(make: Make, trees: Sequence[tuple[list[int], int]], **shape: Any) -> None:
     """trees: parents of the nodes and the accepted leaf, a tree for each sequence."""
-    cache = make()
+    cache = make(**shape)
     ids = list(range(len(trees)))
     cache.add(*ids)
     cache.step(ids, [21 + 13 * i for i in ids])
@@ -448,8 +485,8 @@ def trees_and_commit(make: Make, trees: Sequence[tuple[list[int], int]]) -> None
     cache.step(ids, [3 + 17 * i for i in ids])
 
 
-def grown_tree(make: Make) -> None:
-    cache = make()
+def grown_tree(make: Make, **shape: Any) -> None:
+    cache = make(**shape)
     cache.add(0)
     cache.step([0], [18])
     grown: list[int] = []
@@ -516,6 +553,29 @@ def attention_sinks(make: Make) -> None:
     cache.add(2)
     cache.step([2], [60])  # a chunk beyond the window sees its own first tokens
     cache.step(list(cache.tokens), [1] * len(cache.tokens))
+
+
+def layer_windows(make: Make, window: int, **shape: Any) -> None:
+    """Two layers, one windowed: chunks within and beyond the window, decode, batches and forks."""
+    cache = make(layers=2, layer_window=window, **shape)
+    cache.add(0)
+    for n in [3, 1, window, 1, window + 1, 3 * window + 7, 2, 16]:
+        cache.step([0], [n])
+    for _ in range(18):  # over a page boundary
+        cache.step([0], [1])
+    cache.add(1, 2)
+    cache.step([1, 0, 2], [2 * window + 3, 5, 1])
+    for _ in range(3):
+        cache.step([2, 0, 1], [1, 1, 1])
+    cache.fork(0, 3, 20)
+    cache.fork(1, 4)
+    ids = [3, 0, 4, 1, 2]
+    cache.step(ids, [1] * 5)
+    cache.step(ids, [7, 1, window + 2, 1, 1])
+    cache.pop(0, 21)
+    cache.pop(4, 3)
+    cache.step(ids, [1] * 5)
+    cache.step(ids, [2, 40, 1, 17, window])
 
 
 def debug_get_kv(make: Make) -> None:

@@ -1,8 +1,9 @@
-"""Random matmul operands and their exact product: what every target's kernels are compared with."""
+"""Random matmul operands and their exact product, with what is fused into it: what every target's
+kernels are compared with."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -45,13 +46,15 @@ def random_weight(
 
 @dataclass
 class LinearCase:
-    """A weight (and bias) for one spec, and the exact product of any x with it."""
+    """A weight (bias, weight of a norm) for one spec, and the exact output for any x."""
 
     spec: LinearSpec
     weight: list[np.ndarray]
     exact: np.ndarray
     bias: np.ndarray
+    norm_weight: np.ndarray
     rng: np.random.Generator
+    residual: np.ndarray = field(default_factory=lambda: np.zeros((1, 1)))
 
     @classmethod
     def random(cls, spec: LinearSpec, seed: int = 0) -> LinearCase:
@@ -64,7 +67,8 @@ class LinearCase:
         else:
             *weight, exact = random_weight(n, k, spec.scheme, rng)
         bias = rng.standard_normal(n).astype(numpy_dtype(spec.bias_dtype or spec.x_dtype))
-        return cls(spec, weight, exact, bias, rng)
+        norm_weight = rng.uniform(0.5, 1.5, k).astype(numpy_dtype(spec.x_dtype))
+        return cls(spec, weight, exact, bias, norm_weight, rng)
 
     def inputs(self, rows: int) -> list[np.ndarray]:
         """x [rows, K] and the other inputs of the kernel, in argument order."""
@@ -72,21 +76,47 @@ class LinearCase:
         x = (self.rng.standard_normal((rows, self.spec.in_features)) + 1.0).astype(
             numpy_dtype(self.spec.x_dtype)
         )
-        return [x, *self.weight, *([self.bias] if self.spec.has_bias else [])]
+        named = {"x": x, "norm_weight": self.norm_weight, "bias": self.bias}
+        named |= {
+            name: weight
+            for (name, _, _), weight in zip(self.spec.weight_shapes(), self.weight, strict=True)
+        }
+        if self.spec.residual:
+            shape, dtype = (rows, self.spec.out_width), numpy_dtype(self.spec.out_dtype)
+            self.residual = named["residual"] = self.rng.standard_normal(shape).astype(dtype)
+        return [named[name] for name, _, _ in self.spec.arguments(rows)[:-1]]
 
     def poisoned(self, rows: int) -> np.ndarray:
         """An output of which every element must be written."""
-        shape = (rows, self.spec.out_features)
+        shape = (rows, self.spec.out_width)
         return np.full(shape, 7e3, numpy_dtype(self.spec.out_dtype))
 
-    def check(self, x: np.ndarray, out: np.ndarray, *context: Any) -> None:
-        """Fails unless `out` is the product for `x`, within TOLERANCE."""
-        wide = x.astype(np.float64)
+    def error(self, x: np.ndarray, out: np.ndarray) -> float:
+        """The largest error of `out` for `x`, and the residual of the last inputs, over the sum of
+        the sizes of what is summed up."""
+        spec, wide = self.spec, x.astype(np.float64)
+        if spec.norm_eps is not None:
+            mean = np.mean(wide**2, axis=1, keepdims=True)
+            wide = wide / np.sqrt(mean + spec.norm_eps) * self.norm_weight.astype(np.float64)
         expected = wide @ self.exact.T
         magnitude = np.abs(wide) @ np.abs(self.exact).T
-        if self.spec.has_bias:
+        if spec.has_bias:
             expected = expected + self.bias.astype(np.float64)
             magnitude = magnitude + np.abs(self.bias.astype(np.float64))
+        if spec.activation is not None:
+            assert spec.activation == "silu"
+            (gate, up), (size, other) = (np.split(a, 2, axis=1) for a in (expected, magnitude))
+            expected = gate / (1 + np.exp(np.minimum(-gate, 700.0))) * up
+            magnitude = size * np.abs(up) + np.abs(gate) * other + np.abs(expected)
+        if spec.residual:
+            residual = self.residual.astype(np.float64)
+            expected, magnitude = expected + residual, magnitude + np.abs(residual)
         error = np.abs(out.astype(np.float64) - expected) / (magnitude + 1e-6)
+        largest: float = error.max()
+        return largest
+
+    def check(self, x: np.ndarray, out: np.ndarray, *context: Any) -> None:
+        """Fails unless `out` is right for `x`, within TOLERANCE."""
+        error = self.error(x, out)
         # NaN compares false.
-        assert error.max() < TOLERANCE[self.spec.out_dtype], (self.spec, *context, error.max())
+        assert error < TOLERANCE[self.spec.out_dtype], (self.spec, *context, error)

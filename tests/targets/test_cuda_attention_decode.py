@@ -73,6 +73,9 @@ def test_what_the_portable_kernels_serve() -> None:
     assert set(made(numbers((6, 2, 40, "float16")), EVERY)) == others
     assert set(made(numbers((2, 2, 272, "float16")), EVERY)) == others
     assert made(replace(spec, sliding_window=40), EVERY) == {}
+    assert set(made(replace(spec, inv_freq=()), EVERY)) == set(KERNELS)
+    for more in ({"softcap": 30.0}, {"layer_window": 40}):
+        assert set(made(replace(spec, **more), EVERY)) == set(KERNELS)
 
 
 def device_of(archs: CudaArchs) -> gpu_library.Device:
@@ -120,21 +123,34 @@ def library(spec: KVCacheSpec, archs: CudaArchs = OLD_AND_NEW) -> Any:
 
 
 def decode(
-    shape: Shape, lens: Sequence[int], archs: CudaArchs = OLD_AND_NEW
+    shape: Shape,
+    lens: Sequence[int],
+    archs: CudaArchs = OLD_AND_NEW,
+    *,
+    behind: Sequence[int] = (),
+    **more: Any,
 ) -> list[cuda_emulator.Launch]:
-    """Compare one call with float64; its launches."""
-    call = Call(gpu_library.DEVICES["cuda"], numbers(shape), sum(lens), [1] * len(lens))
+    """Compare one call with float64; its launches. The rows lie `behind` their sequences' ends,
+    and `more` is of the cache, whose window is then used."""
+    cuda_emulator.install()
+    call = Call(gpu_library.DEVICES["cuda"], numbers(shape, **more), sum(lens), [1] * len(lens))
     call.keys(lens)
+    scale = -call.scale if "layer_window" in more else call.scale
     pages, page_indptr, ids, last = call.paged()
-    for array in (page_indptr, ids, last, [0] * len(lens), lens):
+    offsets = [5 * i for i in range(len(lens))]
+    places = [n - 1 + far for n, far in zip(lens, behind or [0] * len(lens), strict=True)]
+    positions = [place + offset for place, offset in zip(places, offsets, strict=True)]
+    reach = more.get("layer_window", np.inf)
+    visible = [at - np.arange(n)[None] < reach for n, at in zip(lens, places, strict=True)]
+    for array in (page_indptr, ids, last, offsets, positions):
         call.views(array)
     q = call.device.tensor(call.q)
     with cuda_emulator.record() as launches:
         for _ in range(2):  # the second finds the counters as the first left them
             library(call.spec, archs)["decode"](
-                q, pages, *call.views.tensors(), call.out, call.lse, 0, 1.0, 1e4, call.scale
+                q, pages, *call.views.tensors(), call.out, call.lse, 0, 1.0, 1e4, scale
             )
-            call.check([np.ones((1, n), bool) for n in lens])
+            call.check(visible)
     return launches
 
 
@@ -160,6 +176,24 @@ def test_decode_in_dependent_launches(shape: Shape) -> None:
     with cuda_emulator.options(arch=90, races=True):
         for lens in ([37], [300], [0, 16, 370, 1, 260], [0]):
             decode(shape, lens, NEWEST)
+
+
+@every_shape
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"softcap": 1.5, "layer_window": 40},
+        pytest.param({"softcap": 1.5}, marks=pytest.mark.slow),
+        pytest.param({"layer_window": 99}, marks=pytest.mark.slow),
+    ],
+)
+def test_bounded_scores_and_windows_of_layers(shape: Shape, more: dict[str, Any]) -> None:
+    for arch, archs in ((75, OLD_AND_NEW), (80, OLD_AND_NEW), (90, NEWEST)):
+        with cuda_emulator.options(arch=arch, races=True):
+            decode(shape, [300], archs, **more)
+            decode(shape, [0, 16, 37, 1, 260], archs, behind=[9, 38, 0, 60, 16], **more)
+            launches = decode(shape, [700], archs, **more)
+    assert "layer_window" not in more or launches[0].grid[0] <= 3  # not all 44 pages
 
 
 @pytest.mark.parametrize("pages", [1, 20, 300])
@@ -202,10 +236,10 @@ def test_merge_state(arch: int, shape: Shape) -> None:
 @on_every_kind
 @pytest.mark.parametrize("rows", [3, 21])
 def test_split_rotary(arch: int, shape: Shape, rows: int) -> None:
-    """Both kernels, whole heads and parts of them turning, angles up to a long text's."""
+    """Both kernels; whole heads, parts of them or nothing turns; angles up to a long text's."""
     q_heads, kv_heads, d, dtype = shape
     device = gpu_library.DEVICES["cuda"]
-    for rotary in (d, d // 4 * 2):
+    for rotary in (d, d // 4 * 2, 0):
         freq = (10000.0 ** -(np.arange(0, rotary, 2) / rotary)).astype(np.float32)
         spec = replace(
             numbers(shape), attention_factor=1.25, inv_freq=tuple(map(float, freq.tolist()))
@@ -220,9 +254,8 @@ def test_split_rotary(arch: int, shape: Shape, rows: int) -> None:
         views = Views(device)
         views(position)
         with cuda_emulator.options(arch=arch, races=True):
-            library(spec)["split_rotary"](
-                device.tensor(qkv), *views.tensors(), *outs, device.tensor(freq)
-            )
+            table = device.tensor(freq if rotary else np.full(1, np.nan, np.float32))
+            library(spec)["split_rotary"](device.tensor(qkv), *views.tensors(), *outs, table)
         angle = (position.astype(np.float32)[:, None, None] * freq).astype(np.float64)
         c, s = 1.25 * np.cos(angle), 1.25 * np.sin(angle)
         x, half = qkv.astype(np.float64), rotary // 2
@@ -272,6 +305,7 @@ def test_in_the_cache_of_the_runtime(archs: CudaArchs, arch: int) -> None:
         scenarios.prefill_decode_and_batches(make, q_heads=6, kv_heads=2, d=32, dtype="float16")
         scenarios.forks(make, 17)
         scenarios.popn_and_reuse(make)
+        scenarios.layer_windows(make, 20, dtype="float16", softcap=2.0, rotary_dim=0)
 
 
 def test_bfloat16() -> None:

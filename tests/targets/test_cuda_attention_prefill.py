@@ -49,6 +49,7 @@ def test_what_the_portable_kernels_serve(paged: bool) -> None:
     assert not serves(replace(spec, dtype="bfloat16"))
     assert not serves(replace(spec, dtype="float32"))
     assert not serves(replace(spec, sliding_window=40))
+    assert serves(replace(spec, softcap=30.0, layer_window=40))
     assert not serves(numbers(6, 2, 40))
     assert not serves(numbers(2, 2, 272))
 
@@ -72,14 +73,17 @@ MORE = [(dtype, d) for dtype in ("float16", "bfloat16") for d in HEADS if (dtype
 @pytest.mark.parametrize(
     ("dtype", "d"), [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE)]
 )
-def test_nvcc_compiles_it_for_every_architecture(dtype: str, d: int) -> None:
+@pytest.mark.parametrize(
+    "more", [{}, pytest.param({"softcap": 50.0, "layer_window": 64}, marks=pytest.mark.slow)]
+)
+def test_nvcc_compiles_it_for_every_architecture(dtype: str, d: int, more: dict[str, Any]) -> None:
     import tvm
 
     archs = EVERY if dtype == "float16" else CudaArchs((80, 90))
     kernels = {}
     for paged in (False, True):
         name = f"paged_{paged}"
-        kernel = prefill(numbers(6, 2, d, dtype), paged=paged, archs=archs)
+        kernel = prefill(numbers(6, 2, d, dtype, **more), paged=paged, archs=archs)
         assert kernel is not None
         kernels[name] = kernel.with_attr("global_symbol", name)
     target = {"kind": "cuda", "arch": f"sm_{archs.minimum}", "host": {"kind": "llvm"}}
@@ -88,7 +92,7 @@ def test_nvcc_compiles_it_for_every_architecture(dtype: str, d: int) -> None:
     source = built.imports[0].inspect_source()
     made = compile_cuda(source, archs.archs, find_nvcc(), report=True)
     entries = made.report.count("Compiling entry function")
-    kinds = len(tiles(d, archs, paged=True))
+    kinds = len(tiles(d, archs, paged=True, plain=not more))
     # Ragged, paged, and paged for a part of the keys; the merge of the parts.
     assert entries == len(archs.archs) * (3 * kinds + 1)
 
@@ -111,29 +115,48 @@ def kernels(spec: KVCacheSpec) -> Any:
 
 
 def attend(
-    shape: tuple[int, int, int], paged: bool, rows: Sequence[int], lens: Sequence[int], causal: int
+    shape: tuple[int, int, int],
+    paged: bool,
+    rows: Sequence[int],
+    lens: Sequence[int],
+    causal: int,
+    *,
+    spread: int = 1,
+    **more: Any,
 ) -> list[cuda_emulator.Launch]:
-    """Compare one call with float64; its launches."""
+    """Compare one call with float64; its launches. Rows that aren't causal lie up to `spread`
+    positions behind their keys, in no order; `more` is of the cache, whose window is then used."""
     device = gpu_library.DEVICES["cuda"]
-    call = Call(device, numbers(*shape), sum(rows) + sum(lens), rows)
+    cuda_emulator.install()
+    call = Call(device, numbers(*shape, **more), sum(rows) + sum(lens), rows)
     call.keys(lens)
-    tail = (call.out, call.lse, causal, 0, 1.0, 1e4, call.scale)
+    scale = -call.scale if "layer_window" in more else call.scale
+    tail = (call.out, call.lse, causal, 0, 1.0, 1e4, scale)
+    offsets = [7 * i % 30 for i in range(len(lens))]
+    positions, visible = [], []
+    for n, offset, count in zip(lens, offsets, rows, strict=True):
+        at = offset + n - count + np.arange(count)
+        if not causal:
+            at = offset + n - 1 + call.rng.integers(0, spread, count)
+        positions += at.tolist()
+        near = at[:, None] - offset - np.arange(n) < more.get("layer_window", np.inf)
+        visible.append(causal_mask(count, n, causal) & near)
     run: Callable[..., None] = kernels(call.spec)[str(paged)]
     call.views(indptr(rows))
     if paged:
         pages, page_indptr, ids, last = call.paged()
-        for array in (page_indptr, ids, last, [0] * len(lens), [0] * sum(rows)):
+        for array in (page_indptr, ids, last, offsets, positions):
             call.views(array)
         q_indptr, *views = call.views.tensors()
         keys: tuple[Any, ...] = (pages, *views)
     else:
-        for array in (indptr(lens), [0] * sum(rows), [0] * len(lens)):
+        for array in (indptr(lens), positions, offsets):
             call.views(array)
         q_indptr, *views = call.views.tensors()
         keys = (*(device.tensor(np.concatenate(x)) for x in (call.k, call.v)), *views)
     with cuda_emulator.record() as launches:
         run(device.tensor(call.q), q_indptr, *keys, *tail)
-    call.check([causal_mask(r, n, causal) for r, n in zip(rows, lens, strict=True)])
+    call.check(visible)
     return launches
 
 
@@ -169,6 +192,27 @@ def test_few_rows_and_many_keys_are_cut_in_parts(arch: int, shape: tuple[int, in
         ):
             parts, merge = attend(shape, True, rows, lens, causal)
             assert parts.grid[1] > 1 and merge.grid[1] == 1
+
+
+@every_shape
+@on_every_kind
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"softcap": 1.5, "layer_window": 40},
+        *(
+            pytest.param(x, marks=pytest.mark.slow)
+            for x in ({"softcap": 1.5}, {"layer_window": 70})
+        ),
+    ],
+)
+def test_bounded_scores_and_windows_of_layers(
+    arch: int, shape: tuple[int, int, int], more: dict[str, Any]
+) -> None:
+    with cuda_emulator.options(arch=arch, races=True):
+        attend(shape, False, [5, 0, 1, 150], [70, 20, 1, 150], 1, **more)
+        attend(shape, True, [5, 0, 1, 70], [90, 20, 0, 33], 0, spread=60, **more)
+        attend(shape, True, [3], [1001], 0, spread=1200, **more)  # in parts
 
 
 @pytest.mark.parametrize(

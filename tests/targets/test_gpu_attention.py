@@ -15,7 +15,7 @@ import attention_cache as scenarios
 import gpu_library
 import numpy as np
 import pytest
-from attention_cache import DTYPES, Backend, Cache, Make, frequencies
+from attention_cache import DTYPES, Backend, Cache, Make, attend, frequencies
 from gpu_library import Device
 
 from mlc_compile.errors import InputError
@@ -116,10 +116,14 @@ class Call:
         self.q_lens = list(q_lens)
         rows = sum(q_lens)
         self.q = self.random(rows, spec.num_qo_heads)
-        self.out = self.device.tensor(np.full(self.q.shape, np.nan, self.q.dtype))
-        self.lse = self.device.tensor(np.full(self.q.shape[:2], np.nan, np.float32))
+        self.poison()
         self.views = Views(device)
         self.scale = 0.17
+
+    def poison(self) -> None:
+        """New outputs, so that what a kernel doesn't write is seen."""
+        self.out = self.device.tensor(np.full(self.q.shape, np.nan, self.q.dtype))
+        self.lse = self.device.tensor(np.full(self.q.shape[:2], np.nan, np.float32))
 
     def random(self, *shape: int) -> np.ndarray:
         x = self.rng.standard_normal((*shape, self.spec.head_dim))
@@ -145,26 +149,63 @@ class Call:
         last = [(n - 1) % 16 + 1 if n else 0 for n in self.kv_lens]
         return self.device.tensor(pages), indptr, order[: indptr[-1]].tolist(), last
 
+    def run(
+        self,
+        name: str,
+        *,
+        offsets: Any = None,
+        positions: Any = None,
+        lengths: Any = None,
+        causal: int | None = None,
+        windowed: bool = False,
+        tree: Sequence[Any] = (),
+    ) -> None:
+        """Call a kernel by its name; zeros where nothing is given. `lengths` comes behind those of
+        the last pages, `tree` is (nodes before each sequence, their order)."""
+        self.poison()
+        offsets = [0] * len(self.kv_lens) if offsets is None else offsets
+        positions = [0] * len(self.q) if positions is None else positions
+        views = Views(self.device)
+        views(indptr(self.q_lens))
+        arrays: list[Any]
+        if name in ("prefill_ragged", "tree_ragged"):
+            arrays = [indptr(self.kv_lens), positions, *([] if tree else [offsets]), *tree]
+            keys = [self.device.tensor(np.concatenate(x)) for x in (self.k, self.v)]
+        else:
+            pages, page_indptr, ids, last = self.paged()
+            info = last if lengths is None else [last, *lengths]
+            arrays = [page_indptr, ids, info, offsets, positions, *tree]
+            keys = [pages]
+        for array in arrays:
+            views(array)
+        q_indptr, *rest = views.tensors()
+        before = [] if name == "decode" else [q_indptr]
+        before = [self.device.tensor(self.q), *before, *keys]
+        results = [self.out, self.lse, *([] if causal is None else [causal])]
+        scalars = [0, 1.0, 1e4, -self.scale if windowed else self.scale]
+        if name == "tree_paged":
+            rest, order = rest[:-2], rest[-2:]
+            arguments = [*rest, *results, *scalars, *order]
+        else:
+            arguments = [*rest, *results, *scalars]
+        run(self.device, self.spec, name)(*before, *arguments)
+
     def check(self, visible: Sequence[np.ndarray]) -> None:
         """visible: for each sequence [rows, keys]."""
         out, lse = self.out.numpy().astype(np.float64), self.lse.numpy()
-        group, at = self.spec.group_size, 0
         tolerance = TOLERANCE[self.spec.dtype]
+        at = 0
         for i, rows in enumerate(self.q_lens):
-            q = self.q[at : at + rows].astype(np.float64)
-            k, v = (np.repeat(x[i].astype(np.float64), group, 1) for x in (self.k, self.v))
-            score = np.einsum("rhd,khd->rhk", q, k) * self.scale
-            score = np.where(visible[i][:, None], score, -np.inf)
-            for r in range(rows):
+            k, v = (x[i].astype(np.float64) for x in (self.k, self.v))
+            for r, sees in enumerate(visible[i]):
                 got, got_lse = out[at + r], lse[at + r]
-                if not visible[i][r].any():
+                if not sees.any():
                     assert (got == 0).all() and np.isfinite(got_lse).all()
                     assert (got_lse < -1e20).all()
                     continue
-                p = np.exp(score[r] - score[r].max(-1, keepdims=True))
-                want = np.einsum("hk,khd->hd", p / p.sum(-1, keepdims=True), v)
+                q = self.q[at + r].astype(np.float64)
+                want, total = attend(q, k[sees], v[sees], self.scale, self.spec.softcap)
                 np.testing.assert_allclose(got, want, atol=tolerance, rtol=0, err_msg=f"{i}, {r}")
-                total = np.log2(p.sum(-1)) + score[r].max(-1) * np.log2(np.e)
                 np.testing.assert_allclose(got_lse, total, atol=1e-4)
             at += rows
 
@@ -184,13 +225,7 @@ def test_decode(device: Device, shape: tuple[int, int, int, str]) -> None:
     for seed, lens in enumerate([[1], [300], [0, 16, 37, 1, 260], [0], [700, 3]]):
         call = Call(device, numbers(shape), seed, [1] * len(lens))
         call.keys(lens)
-        pages, page_indptr, ids, last = call.paged()
-        for array in (page_indptr, ids, last, [0] * len(lens), lens):
-            call.views(array)
-        run(device, call.spec, "decode")(
-            device.tensor(call.q), pages, *call.views.tensors(), call.out, call.lse,
-            0, 1.0, 1e4, call.scale,
-        )  # fmt: skip
+        call.run("decode", positions=lens)
         call.check([np.ones((1, n), bool) for n in lens])
 
 
@@ -202,16 +237,7 @@ def test_prefill_paged(device: Device, shape: tuple[int, int, int, str], causal:
     for seed, (rows, lens) in enumerate(rounds):
         call = Call(device, numbers(shape), seed, rows)
         call.keys(lens)
-        pages, page_indptr, ids, last = call.paged()
-        call.views(indptr(rows))
-        arrays = (page_indptr, ids, last, [0] * len(lens), [0] * sum(rows))
-        for array in arrays:
-            call.views(array)
-        q_indptr, *views = call.views.tensors()
-        run(device, call.spec, "prefill_paged")(
-            device.tensor(call.q), q_indptr, pages, *views, call.out, call.lse,
-            causal, 0, 1.0, 1e4, call.scale,
-        )  # fmt: skip
+        call.run("prefill_paged", causal=causal)
         call.check([causal_mask(r, n, causal) for r, n in zip(rows, lens, strict=True)])
 
 
@@ -223,15 +249,7 @@ def test_prefill_ragged(device: Device, shape: tuple[int, int, int, str], causal
     for seed, (rows, lens) in enumerate(rounds):
         call = Call(device, numbers(shape), seed, rows)
         call.keys(lens)
-        arrays = (indptr(rows), indptr(lens), [0] * sum(rows), [0] * len(lens))
-        for array in arrays:
-            call.views(array)
-        q_indptr, kv_indptr, position, offset = call.views.tensors()
-        k, v = (device.tensor(np.concatenate(x)) for x in (call.k, call.v))
-        run(device, call.spec, "prefill_ragged")(
-            device.tensor(call.q), q_indptr, k, v, kv_indptr, position, offset,
-            call.out, call.lse, causal, 0, 1.0, 1e4, call.scale,
-        )  # fmt: skip
+        call.run("prefill_ragged", causal=causal)
         call.check([causal_mask(r, n, causal) for r, n in zip(rows, lens, strict=True)])
 
 
@@ -251,7 +269,8 @@ def test_windows_of_several_sequences(
     call = Call(device, spec, 3, rows)
     call.keys(lens)
     half = spec.rotary_dim // 2
-    raw, visible, q_positions = [k.copy() for k in call.k], [], []
+    raw, visible = [k.copy() for k in call.k], []
+    q_positions: list[int] = []
     for i, (n, (start, sinks)) in enumerate(zip(lens, starts, strict=True)):
         slots = np.arange(n)
         sees_always = slots < (sinks or sink)
@@ -267,21 +286,52 @@ def test_windows_of_several_sequences(
         gone = ~sees_always & (slots < start)
         raw[i][gone] = call.v[i][gone] = np.nan
     rotated, call.k = call.k, raw
-    pages, page_indptr, ids, last = call.paged()
+    lengths = list(zip(*starts, strict=True))
+    call.run(
+        "decode" if decoding else "prefill_paged",
+        offsets=offsets,
+        positions=q_positions,
+        lengths=lengths,
+        causal=None if decoding else 0,
+    )
     call.k = [np.nan_to_num(k) for k in rotated]
     call.v = [np.nan_to_num(v) for v in call.v]
-    lengths = [last, [s for s, _ in starts], [s for _, s in starts]]
-    for array in (indptr(rows), page_indptr, ids, lengths, offsets, q_positions):
-        call.views(array)
-    q_indptr, *views = call.views.tensors()
-    tail = (*views, call.out, call.lse)
-    scalars = (0, 1.0, 1e4, call.scale)
-    if decoding:
-        run(device, spec, "decode")(device.tensor(call.q), pages, *tail, *scalars)
-    else:
-        q = device.tensor(call.q)
-        run(device, spec, "prefill_paged")(q, q_indptr, pages, *tail, 0, *scalars)
     call.check(visible)
+
+
+@pytest.mark.emulated(shape=SHAPES[1], name="prefill_paged")
+@pytest.mark.parametrize("name", ["decode", "prefill_paged", "prefill_ragged"])
+@every_shape
+def test_bounded_scores_and_windows_of_layers(
+    device: Device, shape: tuple[int, int, int, str], name: str
+) -> None:
+    """A negative scale is a layer with the window; rows of one paged call may have positions in no
+    order, and windows without any key of the call."""
+    window = 40
+    spec = numbers(shape, softcap=1.5, layer_window=window)
+    lens, offsets = [700, 0, 37, 260, 30], [0, 3, 1000, 16, 5]
+    rows = [1] * 5 if name == "decode" else [70, 2, 1, 30, 0]
+    if name == "prefill_ragged":
+        lens = [200, 2, 1, 35, 7]
+    call = Call(device, spec, 1, rows)
+    call.keys(lens)
+    positions, visible = [], []
+    for i, (n, offset, count) in enumerate(zip(lens, offsets, rows, strict=True)):
+        if name == "prefill_ragged":
+            at = offset + n - count + np.arange(count)
+        else:
+            behind = [window // 2, 0, window + 5, 0, 2 * window][i]
+            far = [1, 1, 1, 2 * window, 1][i] if name == "prefill_paged" else 1
+            at = offset + n - 1 + behind + call.rng.integers(0, far, count)
+        distance = at[:, None] - offset - np.arange(n)
+        positions += at.tolist()
+        visible.append((distance < window) & ((distance >= 0) | (name != "prefill_ragged")))
+    causal = {"decode": None, "prefill_paged": 0, "prefill_ragged": 1}[name]
+    for windowed in (True, False):
+        call.run(name, offsets=offsets, positions=positions, causal=causal, windowed=windowed)
+        if not windowed:
+            visible = [causal_mask(r, n, causal or 0) for r, n in zip(rows, lens, strict=True)]
+        call.check(visible)
 
 
 def random_tree(rng: np.random.Generator, nodes: int) -> tuple[list[list[int]], np.ndarray]:
@@ -300,41 +350,41 @@ def random_tree(rng: np.random.Generator, nodes: int) -> tuple[list[list[int]], 
 @pytest.mark.emulated(shape=SHAPES[1])
 @pytest.mark.parametrize("paged", [False, True])
 @every_shape
-def test_trees(device: Device, shape: tuple[int, int, int, str], paged: bool) -> None:
+@pytest.mark.parametrize("window", [None, 3, *slow(15)])
+def test_trees(
+    device: Device, shape: tuple[int, int, int, str], paged: bool, window: int | None
+) -> None:
     # Rows are the last nodes of a tree; the keys before the tree's are seen by all.
     rounds = [([7, 1, 20], [7, 1, 25], [30, 1, 25]), ([3], [40], [75])]
+    if window is not None and not paged:  # the runtime's rows are then the whole trees
+        rounds = [([7, 1, 25], [7, 1, 25], [30, 1, 25]), ([40], [40], [75])]
+    spec = numbers(shape, layer_window=window)
+    if paged and "tree_paged" not in kernels(spec, device.limits):
+        pytest.skip("too few buffers")
     for seed, (rows, nodes, lens) in enumerate(rounds):
-        call = Call(device, numbers(shape), seed, rows)
+        call = Call(device, spec, seed, rows)
         call.keys(lens)
         trees = [random_tree(call.rng, n) for n in nodes]
-        visible = []
+        visible, positions = [], []
         for (_, sees), r, n in zip(trees, rows, lens, strict=True):
             mask = np.ones((r, n), bool)
             mask[:, n - len(sees) :] = sees[len(sees) - r :]
+            depth = sees.sum(1) - 1
+            place = 5 + np.concatenate([np.arange(n - len(sees)), n - len(sees) + depth])
+            positions += place[n - r :].tolist()
+            if window is not None:
+                mask &= place[n - r :, None] - place < window
             visible.append(mask)
         orders = np.concatenate([order for order, _ in trees])
         if not device.limits.merged_auxiliary:
             orders = orders.ravel()
-        tail = (0, 1.0, 1e4, call.scale)
-        if paged:
-            pages, page_indptr, ids, last = call.paged()
-            arrays = [page_indptr, ids, last, [0] * len(lens), [0] * sum(rows)]
-            for array in [indptr(rows), *arrays, indptr(nodes), orders]:
-                call.views(array)
-            q_indptr, *views, tree_indptr, order = call.views.tensors()
-            run(device, call.spec, "tree_paged")(
-                device.tensor(call.q), q_indptr, pages, *views, call.out, call.lse,
-                *tail, tree_indptr, order,
-            )  # fmt: skip
-        else:
-            for array in (indptr(rows), indptr(lens), [0] * sum(rows), indptr(nodes), orders):
-                call.views(array)
-            q_indptr, kv_indptr, position, tree_indptr, order = call.views.tensors()
-            k, v = (device.tensor(np.concatenate(x)) for x in (call.k, call.v))
-            run(device, call.spec, "tree_ragged")(
-                device.tensor(call.q), q_indptr, k, v, kv_indptr, position, tree_indptr, order,
-                call.out, call.lse, *tail,
-            )  # fmt: skip
+        call.run(
+            "tree_paged" if paged else "tree_ragged",
+            offsets=[5] * len(lens),
+            positions=positions,
+            windowed=window is not None,
+            tree=(indptr(nodes), orders),
+        )
         call.check(visible)
 
 
@@ -366,7 +416,7 @@ def test_merge_state(device: Device, shape: tuple[int, int, int, str]) -> None:
 @pytest.mark.parametrize("window", [None, 100])
 def test_split_rotary(device: Device, shape: tuple[int, int, int, str], window: int | None) -> None:
     q_heads, kv_heads, d, dtype = shape
-    for rotary in (d, d // 2 // 2 * 2):
+    for rotary in (d, d // 2 // 2 * 2, 0):
         spec = numbers(shape, sliding_window=window, attention_factor=1.25)
         spec = replace(spec, inv_freq=tuple(frequencies(rotary).tolist()))
         rng, n = np.random.default_rng(1), 21
@@ -379,7 +429,7 @@ def test_split_rotary(device: Device, shape: tuple[int, int, int, str], window: 
         freq = np.array(spec.inv_freq, np.float32)
         views = Views(device)
         views(position)
-        last = device.tensor(freq) if window is None else 0
+        last = 0 if window else device.tensor(freq if rotary else np.full(1, np.nan, np.float32))
         run(device, spec, "split_rotary")(device.tensor(qkv), *views.tensors(), *outs, last)
         angle = (position.astype(np.float32)[:, None, None] * freq).astype(np.float64)
         c, s = 1.25 * np.cos(angle), 1.25 * np.sin(angle)
@@ -523,21 +573,59 @@ def test_attention_sinks(gpu_cache: Make) -> None:
     scenarios.attention_sinks(gpu_cache)
 
 
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"window": 20, "d": 40, "softcap": 1.5},
+        *slow({"window": 45, "dtype": "float16"}, {"window": 7, "d": 256, "rotary_dim": 0}),
+    ],
+)
+def test_layers_with_windows(gpu_cache: Make, shape: dict[str, Any]) -> None:
+    scenarios.layer_windows(gpu_cache, **shape)
+
+
+@pytest.mark.slow
+def test_layers_with_windows_share_a_prefix(gpu_cache: Make) -> None:
+    scenarios.shared_prefix(gpu_cache, layers=2, layer_window=50)
+
+
+def test_trees_in_layers_with_windows(device: Device, gpu_cache: Make) -> None:
+    shape = {"layers": 2, "layer_window": 2, "softcap": 2.0, "rotary_dim": 0}
+    scenarios.trees_and_commit(gpu_cache, [([-1, 0, 0, 1, 2, 4, -1], 2)], **shape)
+    if device.name != "webgpu":  # which has no `tree_paged` of such layers
+        scenarios.grown_tree(gpu_cache, **shape)
+
+
 @pytest.mark.emulated
 def test_debug_get_kv_returns_rotated_keys_and_values(gpu_cache: Make) -> None:
     scenarios.debug_get_kv(gpu_cache)
 
 
 @pytest.mark.parametrize("kind", gpu_library.DEVICES.values(), ids=gpu_library.DEVICES)
-@pytest.mark.parametrize("window", [None, (64, 0), (64, 4)])
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"sliding_window": 64},
+        {"sliding_window": 64, "attention_sink": 4},
+        {"softcap": 50.0, "layer_window": 64},
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("shape", [SHAPES[0], *slow((8, 1, 256, "float16"))])
 def test_launches_keep_to_the_limits(
-    kind: Device, shape: tuple[int, int, int, str], window: tuple[int, int] | None
+    kind: Device, shape: tuple[int, int, int, str], more: dict[str, Any]
 ) -> None:
-    more = {} if window is None else {"sliding_window": window[0], "attention_sink": window[1]}
     made = kernels(numbers(shape, **more), kind.limits)
     codes = gpu_library.check_limits(kind, gpu_library.build(kind, made))
-    assert len(codes) == (12 if window is None else 10)  # decode is two
+    assert len(codes) == len(made) + 1  # decode is two
+    trees = {name for name in ("tree_ragged", "tree_paged") if name in made}
+    if "sliding_window" in more:
+        assert not trees
+    elif "layer_window" in more and kind.name == "webgpu":
+        assert trees == {"tree_ragged"}  # it has too few buffers for the other
+    else:
+        assert len(trees) == 2
 
 
 def test_devices_that_cannot() -> None:

@@ -13,7 +13,9 @@ from elementwise_reference import (
     ACTIVATION_REFERENCES,
     DTYPES,
     EPS,
+    LAYER_NORMS,
     assert_close,
+    layer_norm_case,
     random,
     reference_norm,
     wide,
@@ -26,7 +28,7 @@ from mlc_compile.targets.cpu_kernels import elementwise as cpu
 from mlc_compile.targets.gpu_kernels import elementwise
 from mlc_compile.targets.gpu_kernels.device import WEBGPU, GPUDevice
 from mlc_compile.targets.gpu_kernels.embedding import embedding_kernel
-from mlc_compile.targets.kernels import EmbeddingSpec
+from mlc_compile.targets.kernels import EmbeddingSpec, LayerNormSpec
 
 HQ, HKV = 3, 2
 HEAD_DIMS = (64, 128, 80)
@@ -52,6 +54,10 @@ def kernels(dtype: str, device: GPUDevice) -> dict[str, Any]:
         for d in HEAD_DIMS:
             kernel = elementwise.qk_norm(HQ, HKV, d, dtype, EPS, rows, device=device)
             made[f"qk_norm_{d}{suffix}"] = kernel
+        for name, spec in LAYER_NORMS.items():
+            spec = dataclasses.replace(spec, dtype=dtype)
+            label = f"layer norm {name}{suffix}".replace(" ", "_")
+            made[label] = elementwise.layer_norm(spec, rows, device=device)
     for activation in elementwise.ACTIVATIONS:
         kernel = elementwise.gated_activation(activation, WIDTHS[0], dtype, device=device)
         made[f"{activation}_{WIDTHS[0]}"] = kernel
@@ -109,6 +115,21 @@ def test_add_rms_norm(device: Device, dtype: str, width: int, rows: int) -> None
         assert_close(total, wide(x) + wide(y), dtype)
         # The norm is of the rounded sum.
         assert_close(normed, reference_norm(total, w), dtype)
+
+
+@pytest.mark.emulated(dtype="float16", name="added", rows=5)
+@pytest.mark.emulated(dtype="float32", name="own", rows=5)
+@pytest.mark.emulated(dtype="float16", name="shared", rows=1)
+@pytest.mark.parametrize("rows", [1, 5, 300])
+@pytest.mark.parametrize("name", LAYER_NORMS)
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_layer_norm(device: Device, dtype: str, name: str, rows: int) -> None:
+    inputs, expected, slack = layer_norm_case(name, dtype, rows)
+    for suffix in ("", "_1") if rows == 1 else ("",):
+        function = library(device, dtype)[f"layer norm {name}{suffix}".replace(" ", "_")]
+        found = call(device, function, [(exact.shape, dtype) for exact in expected], *inputs)
+        for result, exact in zip(found, expected, strict=True):
+            assert_close(result, exact, dtype, slack=slack)
 
 
 @pytest.mark.emulated(dtype="float16")
@@ -194,13 +215,13 @@ def test_activations_at_extremes(device: Device, activation: str) -> None:
 
 def test_activations_are_those_of_the_cpu() -> None:
     assert elementwise.ACTIVATIONS.keys() == cpu.ACTIVATIONS.keys()
-    with pytest.raises(KeyError, match="mish"):
-        elementwise.gated_activation("mish", 64, "float32", device=WEBGPU)
+    assert elementwise.gated_activation("mish", 64, "float32", device=WEBGPU) is None
 
 
 NOT_BFLOAT16: dict[str, Callable[[], Any]] = {
     "rms_norm": lambda: elementwise.rms_norm(64, "bfloat16", EPS, device=WEBGPU),
     "add_rms_norm": lambda: elementwise.add_rms_norm(64, "bfloat16", EPS, device=WEBGPU),
+    "layer_norm": lambda: elementwise.layer_norm(LayerNormSpec(64, EPS, "bfloat16"), device=WEBGPU),
     "qk_norm": lambda: elementwise.qk_norm(2, 1, 64, "bfloat16", EPS, device=WEBGPU),
     "gated": lambda: elementwise.gated_activation("silu", 64, "bfloat16", device=WEBGPU),
     "plain embedding": lambda: embedding_kernel(

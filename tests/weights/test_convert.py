@@ -14,17 +14,20 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from every_model import CASES, config_json
 from safetensors.numpy import save_file
 
 from mlc_compile.errors import InputError
 from mlc_compile.manifest import check_directory, parameter_schema_id
 from mlc_compile.models import ARCHITECTURES, Model, load_model
+from mlc_compile.models.params import ParamSpec
 from mlc_compile.quantization.group import dequantize, quantize
 from mlc_compile.quantization.policy import is_quantized, stored_layout
 from mlc_compile.quantization.scheme import SCHEMES, QuantScheme, numpy_dtype
 from mlc_compile.weights import convert
 from mlc_compile.weights.checkpoint import Checkpoint, TensorInfo, open_checkpoint
 from mlc_compile.weights.convert import convert_weight, plan_conversion
+from mlc_compile.weights.parts import expected_shapes
 from mlc_compile.weights.tensor_cache import load_params
 
 SIZES = {
@@ -54,14 +57,33 @@ def model_of(config: Mapping[str, Any]) -> Model:
 
 
 def random_tensors(model: Model, dtype: Any = np.float32) -> Tensors:
-    """The checkpoint tensors that `model` reads, sources of a concatenation of uneven length."""
+    """The checkpoint tensors that `model` reads."""
     rng = np.random.default_rng(0)
-    tensors: Tensors = {}
-    for spec in model.parameters():
-        cuts = sorted(rng.choice(np.arange(1, spec.shape[0]), len(spec.sources) - 1, replace=False))
-        whole = rng.standard_normal(spec.shape).astype(dtype)
-        tensors |= dict(zip(spec.sources, np.split(whole, cuts), strict=True))
-    return tensors
+    return {
+        name: rng.standard_normal(shape).astype(dtype)
+        for spec in model.parameters()
+        for name, shape in expected_shapes(spec).items()
+    }
+
+
+def by_hand(spec: ParamSpec, tensors: Tensors) -> np.ndarray:
+    """The parameter out of whole tensors, each step as its docstring says."""
+    rows = []
+    for part in spec.parts:
+        tensor = tensors[part.name]
+        if len(spec.shape) == 1:
+            tensor = tensor.reshape(-1)
+        if part.transposed:
+            tensor = tensor.swapaxes(-1, -2)
+        tensor = tensor.reshape(-1, *spec.shape[1:][-1:])
+        if part.rows is not None:
+            tensor = tensor[part.rows.indices()]
+        if part.add:
+            tensor = tensor.astype(np.float32) + np.float32(part.add)
+        if part.unit_rows:
+            tensor = tensor / np.linalg.norm(tensor, axis=-1, keepdims=True)
+        rows.append(tensor)
+    return np.ascontiguousarray(np.concatenate(rows).reshape(spec.shape))
 
 
 class MemoryReader:
@@ -116,7 +138,7 @@ def contents(directory: Path) -> dict[str, bytes]:
 def assert_converted(directory: Path, tensors: Tensors, model: Model, scheme: QuantScheme) -> None:
     """Each stored parameter equals the numpy reference on the whole concatenated weight."""
     for spec in model.parameters():
-        whole = np.concatenate([tensors[source] for source in spec.sources])
+        whole = by_hand(spec, tensors)
         if not is_quantized(spec, scheme):
             (array,) = load_params(directory, [spec.name])
             expected = whole.astype(numpy_dtype(scheme.model_dtype))
@@ -125,20 +147,34 @@ def assert_converted(directory: Path, tensors: Tensors, model: Model, scheme: Qu
         layout = stored_layout(spec, scheme)
         base = spec.name.removesuffix(".weight")
         loaded = load_params(directory, [f"{base}.q_weight", f"{base}.q_scale"])
+        if spec.role == "expert":  # below one another
+            assert all(array.shape[:2] == spec.shape[:2] for array in loaded)
+            loaded = [array.reshape(-1, array.shape[-1]) for array in loaded]
+            whole = whole.reshape(-1, whole.shape[-1])
         for array, expected in zip(loaded, quantize(whole, scheme, layout=layout), strict=True):
             assert array.dtype == expected.dtype
             np.testing.assert_array_equal(array, expected)
-        restored = dequantize(loaded[0], loaded[1], scheme, whole.shape[1], layout=layout)
+        restored = dequantize(*loaded, scheme, whole.shape[1], layout=layout)
         worst = np.abs(whole.astype(np.float32)).max() / scheme.max_int
         assert np.abs(restored.astype(np.float32) - whole.astype(np.float32)).max() <= worst
 
 
 @schemes
-@pytest.mark.parametrize("model_type", ARCHITECTURES)
-def test_every_scheme_of_every_architecture(
-    tmp_path: Path, scheme: QuantScheme, model_type: str
-) -> None:
-    config = config_of(model_type)
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2", "qwen2_moe"])
+def test_every_scheme(tmp_path: Path, scheme: QuantScheme, name: str) -> None:
+    check_conversion(tmp_path, scheme, name)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_architecture(tmp_path: Path, name: str) -> None:
+    check_conversion(tmp_path, SCHEMES["q4f16_1"], name)
+
+
+def check_conversion(tmp_path: Path, scheme: QuantScheme, name: str) -> None:
+    """Of random tensors with the shapes that the case's config.json makes."""
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    config = dict(config_json(name))
     model = model_of(config)
     tensors = random_tensors(model)
     checkpoint = checkpoint_of(config, tensors)
@@ -201,6 +237,21 @@ def test_blocks_and_threads_do_not_matter(
     assert max(size for _, size in reader.reads) <= 700
     assert reader.releases > 0
     assert contents(tmp_path / "a") == contents(tmp_path / "b") == contents(tmp_path / "c")
+
+
+@pytest.mark.parametrize("name", ["gpt2", "falcon", "cohere-qk-norm", "mixtral", "granitemoe"])
+def test_rearranged_blocks_do_not_matter(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Columns, rows of heads, vectors and experts, in pieces that end within any of them."""
+    pytest.importorskip("transformers")
+    config = dict(config_json(name))
+    model = model_of(config)
+    checkpoint = checkpoint_of(config, random_tensors(model))
+    convert_weight(checkpoint, model, SCHEMES["q4f16_1"], tmp_path / "a", jobs=1)
+    monkeypatch.setattr(convert, "_BLOCK_ELEMENTS", 700)
+    convert_weight(checkpoint, model, SCHEMES["q4f16_1"], tmp_path / "b", jobs=3)
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
 
 def test_progress_reaches_the_total(tmp_path: Path) -> None:
@@ -318,9 +369,44 @@ def test_shapes_that_do_not_fit() -> None:
     message = refused(cut("model.embed_tokens.weight", 199, 96))
     assert "vocab_size = 200, the tensor has 199" in message
     message = refused(cut("model.layers.0.mlp.up_proj.weight", 10, 96))
-    assert "gate_proj.weight, model.layers.0.mlp.up_proj.weight" in message
+    assert "0.mlp.up_proj.weight: shape [10, 96], config.json makes [128, 96]" in message
+    message = refused(cut("model.layers.1.self_attn.k_proj.weight", 40, 96))
+    assert "k_proj.weight: shape [40, 96], config.json makes [48, 96]" in message
     message = refused(lambda t: t.update({"model.norm.weight": np.float32(1)[None][0]}))
     assert "model.norm.weight" in message and "shape []" in message
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "said"),
+    [
+        # Conv1D, named as it is stored.
+        ("gpt2", "transformer.h.0.mlp.c_fc.weight", "shape [160, 96], config.json makes [96, 160]"),
+        # All heads in one.
+        ("bloom", "transformer.h.0.self_attention.query_key_value.weight", "config.json makes"),
+        ("mixtral", "model.layers.1.block_sparse_moe.experts.3.w1.weight", "makes [160, 96]"),
+        ("granitemoe", "model.layers.0.block_sparse_moe.input_linear.weight", "makes [5, 320, 96]"),
+    ],
+)
+def test_shapes_of_other_layouts(name: str, tensor: str, said: str) -> None:
+    pytest.importorskip("transformers")
+    config = dict(config_json(name))
+    model = model_of(config)
+    tensors = random_tensors(model)
+    assert tensor in tensors
+    tensors[tensor] = np.ascontiguousarray(tensors[tensor].swapaxes(-1, -2))
+    with pytest.raises(InputError) as error:
+        plan_conversion(checkpoint_of(config, tensors), model, SCHEMES["q4f16_1"])
+    assert f"{tensor}: shape" in str(error.value) and said in str(error.value)
+
+
+def test_more_experts_than_config_json_says() -> None:
+    pytest.importorskip("transformers")
+    config = dict(config_json("mixtral"))
+    tensors = random_tensors(model_of(config))
+    fewer = model_of({**config, "num_local_experts": 4})
+    tensors |= {n: t[:4] for n, t in tensors.items() if n.endswith("moe.gate.weight")}
+    with pytest.raises(InputError, match="4 experts in a layer, expert 4 is there"):
+        plan_conversion(checkpoint_of(config, tensors), fewer, SCHEMES["q4f16_1"])
 
 
 @pytest.mark.parametrize("dtype", [np.int8, np.uint8, ml_dtypes.float8_e4m3fn], ids=str)
@@ -482,24 +568,37 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, "tvm" in sys.
 """
 
 
+LARGE = [
+    config_of(
+        hidden_size=512, head_dim=128, num_hidden_layers=1, vocab_size=50_000, hidden_act="silu"
+    ),
+    # Read by columns.
+    {
+        "model_type": "gpt2",
+        "n_embd": 1536,
+        "n_head": 12,
+        "n_layer": 1,
+        "n_positions": 64,
+        "vocab_size": 20_000,
+    },
+    config_of("mixtral", hidden_size=512, head_dim=128, vocab_size=1000)
+    | {"intermediate_size": 4096, "num_hidden_layers": 1}
+    | {"num_local_experts": 9, "num_experts_per_tok": 2},
+]
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux")
 @pytest.mark.parametrize("name", ["q0f32", "q4f16_1"])
-def test_memory_is_bounded_and_tvm_stays_out(tmp_path: Path, name: str) -> None:
-    """A float32 checkpoint of 207 MB takes less than 120 MiB over an idle process."""
-    config = config_of(
-        hidden_size=512, head_dim=128, num_hidden_layers=1, vocab_size=50_000, hidden_act="silu"
-    )
+@pytest.mark.parametrize("config", LARGE, ids=lambda config: str(config["model_type"]))
+def test_memory_is_bounded_and_tvm_stays_out(
+    tmp_path: Path, name: str, config: Mapping[str, Any]
+) -> None:
+    """A float32 checkpoint of more than 200 MB takes less than 120 MiB over an idle process."""
     model = model_of(config)
     header: dict[str, Any] = {}
     end = 0
     for spec in model.parameters():
-        for source in spec.sources:
-            rows = spec.shape[0] // len(spec.sources)
-            if ".self_attn.q_proj" in source:
-                rows = spec.shape[0] // 2
-            elif "k_proj" in source or "v_proj" in source:
-                rows = spec.shape[0] // 4
-            shape = [rows, *spec.shape[1:]]
+        for source, shape in expected_shapes(spec).items():
             start, end = end, end + 4 * int(np.prod(shape))
             header[source] = {"dtype": "F32", "shape": shape, "data_offsets": [start, end]}
     source_dir = tmp_path / "source"

@@ -8,7 +8,17 @@ from tvm.ir import IRModule
 from mlc_compile.compiler.passes.rewrite import CallRewriter, dtype_of, op_name, rows_of, shape_of
 from mlc_compile.targets.kernels import Kernels
 
-_ACTIVATIONS = {"relax.nn.silu": "silu"}
+_OPERATORS = {"relax.nn.silu": "silu", "relax.nn.relu": "relu"}
+
+
+def _activation(rewriter: CallRewriter, call: relax.Expr) -> tuple[str, relax.Expr] | None:
+    """(name, what it is of), whether an operator or one of nn/activations.py's own."""
+    if op_name(call) in _OPERATORS:
+        return _OPERATORS[op_name(call)], call.args[0]
+    function = rewriter.callee(call)
+    if function is None or "mlc.activation" not in function.attrs:
+        return None
+    return str(function.attrs["mlc.activation"]), call.args[1].fields[0]
 
 
 def gated_halves(rewriter: CallRewriter, call: relax.Call) -> tuple[str, relax.Expr] | None:
@@ -16,10 +26,11 @@ def gated_halves(rewriter: CallRewriter, call: relax.Call) -> tuple[str, relax.E
     if op_name(call) != "relax.multiply":
         return None
     activated, up = (rewriter.definition(arg) for arg in call.args)
-    activation = _ACTIVATIONS.get(op_name(activated))
-    if activation is None or not isinstance(up, relax.TupleGetItem) or up.index != 1:
+    found = _activation(rewriter, activated)
+    if found is None or not isinstance(up, relax.TupleGetItem) or up.index != 1:
         return None
-    gate = rewriter.definition(activated.args[0])
+    activation, halved = found
+    gate = rewriter.definition(halved)
     if not isinstance(gate, relax.TupleGetItem) or gate.index != 0:
         return None
     split = rewriter.definition(gate.tuple_value)

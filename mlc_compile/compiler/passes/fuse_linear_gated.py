@@ -13,7 +13,7 @@ from mlc_compile.targets.kernels import Kernels
 
 def _rule(rewriter: CallRewriter, call: relax.Call) -> relax.Expr | None:
     found = gated_halves(rewriter, call)
-    if found is None:
+    if found is None or found[0] != "silu":  # LinearSpec.activation knows no other
         return None
     activation, gate_up = found
     return widened(rewriter, gate_up, {"activation": activation}, {}, call.ty)

@@ -11,6 +11,7 @@
 // - Softmax is online, in base 2, over float32. Chunks meet in a workspace; the block that arrives
 //   last at its sequence's counter adds them up.
 #pragma once
+#include "attention_bounds.cuh"
 #include "vector.cuh"
 
 namespace mlc {
@@ -74,6 +75,7 @@ struct DecodeWork {
   int sequence, chunk, chunks;
   int first;  // of its pages in page_indices
   int pages, keys;
+  int low;  // the first key of the chunk that is seen, in its first page
   bool any;
 };
 
@@ -82,7 +84,16 @@ __device__ __forceinline__ int pages_to_chunks(int pages, int chunk_pages) {
   return max(1, static_cast<int>(n / static_cast<unsigned>(chunk_pages)));
 }
 
-__device__ __forceinline__ DecodeWork find_decode_work(const int* page_indptr,
+// The pages of a sequence that lie wholly before its window.
+template <class Bounds>
+__device__ __forceinline__ int hidden_pages(const Bounds& bounds, int sequence, int pages) {
+  if constexpr (!Bounds::Windowed) return 0;
+  return min(bounds.of(sequence, sequence).low(0) / kPageSlots, pages);
+}
+
+template <class Bounds>
+__device__ __forceinline__ DecodeWork find_decode_work(const Bounds& bounds,
+                                                       const int* page_indptr,
                                                        const int* length_info, int rows,
                                                        int chunk_pages) {
   DecodeWork w;
@@ -93,6 +104,8 @@ __device__ __forceinline__ DecodeWork find_decode_work(const int* page_indptr,
   if (rows == 1) {
     // The first sequence's pages begin at 0: one load less to wait for.
     count = page_indptr[1];
+    begin = hidden_pages(bounds, 0, count);
+    count -= begin;
     w.chunks = pages_to_chunks(count, chunk_pages);
     w.any = w.chunk < w.chunks;
   } else {
@@ -102,8 +115,13 @@ __device__ __forceinline__ DecodeWork find_decode_work(const int* page_indptr,
 #pragma unroll 1
     for (int base = 0; base < rows && !w.any; base += 32) {
       const int i = base + lane;
-      const int from = i < rows ? page_indptr[i] : 0;
-      const int size = i < rows ? page_indptr[i + 1] - from : 0;
+      int from = i < rows ? page_indptr[i] : 0;
+      int size = i < rows ? page_indptr[i + 1] - from : 0;
+      if (Bounds::Windowed && i < rows) {
+        const int hidden = hidden_pages(bounds, i, size);
+        from += hidden;
+        size -= hidden;
+      }
       const int n = i < rows ? pages_to_chunks(size, chunk_pages) : 0;
       int sum = n;
 #pragma unroll
@@ -131,6 +149,9 @@ __device__ __forceinline__ DecodeWork find_decode_work(const int* page_indptr,
   w.first = begin + w.chunk * chunk_pages;
   w.pages = max(0, min(chunk_pages, count - w.chunk * chunk_pages));
   w.keys = max(0, min(w.pages * kPageSlots, total - w.chunk * chunk_pages * kPageSlots));
+  w.low = 0;
+  if (Bounds::Windowed && w.chunk == 0)
+    w.low = bounds.of(w.sequence, w.sequence).low(0) % kPageSlots;
   return w;
 }
 
@@ -279,11 +300,12 @@ __host__ __device__ constexpr int decode_heads(int group, int most) {
 
 // float16 and bfloat16: a warp has a page at a time. The next page's keys are under way while this
 // one's values are used.
-template <typename T, int kDim, int kKvHeads, int kGroup, int kWarps>
-__device__ __forceinline__ void decode_matrix(const T* q, const T* pages, const int* page_indptr,
-                                              const int* page_indices, const int* length_info,
-                                              T* out, float* lse, float* part, int rows,
-                                              int id_count, int chunk_pages, float sm_scale) {
+template <typename T, int kDim, int kKvHeads, int kGroup, int kWarps, class Bounds>
+__device__ __forceinline__ void decode_matrix(const Bounds& bounds, const T* q, const T* pages,
+                                              const int* page_indptr, const int* page_indices,
+                                              const int* length_info, T* out, float* lse,
+                                              float* part, int rows, int id_count,
+                                              int chunk_pages, float sm_scale) {
 #if __CUDA_ARCH__ >= 750
   constexpr int kMost = decode_most(2, kDim);
   constexpr int kUnits = decode_units(kGroup, kMost), kHeads = decode_heads(kGroup, kMost);
@@ -337,17 +359,18 @@ __device__ __forceinline__ void decode_matrix(const T* q, const T* pages, const 
   };
 
   // A sequence alone: its pages are all that are listed, so that the first one's load need not wait
-  // for the lengths.
+  // for the lengths; but for where a window begins.
+  const bool alone = !Bounds::Windowed && rows == 1;
   const int guess = blockIdx.x * chunk_pages + warp + lane * kWarps;
   int index = 0;
-  if (rows == 1) {
+  if (alone) {
     if (guess < id_count) index = page_indices[guess];
     if (warp < chunk_pages && guess - lane * kWarps < id_count) {
       load_keys(__shfl_sync(0xffffffffu, index, 0));
       load_values();
     }
   }
-  const DecodeWork w = find_decode_work(page_indptr, length_info, rows, chunk_pages);
+  const DecodeWork w = find_decode_work(bounds, page_indptr, length_info, rows, chunk_pages);
   if (!w.any) return;
   const size_t head_at = static_cast<size_t>(w.sequence) * (kKvHeads * kGroup) + kv * kGroup +
                          first_head;
@@ -375,18 +398,18 @@ __device__ __forceinline__ void decode_matrix(const T* q, const T* pages, const 
 
   // The i-th page of this warp.
   const auto page_of = [&](int i) {
-    if (i % 32 == 0 && !(rows == 1 && i == 0)) {
+    if (i % 32 == 0 && !(alone && i == 0)) {
       const int mine = warp + (i + lane) * kWarps;
       index = mine < w.pages ? page_indices[w.first + mine] : 0;
     }
     return __shfl_sync(0xffffffffu, index, i % 32);
   };
 
-  if (rows != 1 && warp < w.pages) load_keys(page_of(0));
+  if (!alone && warp < w.pages) load_keys(page_of(0));
 #pragma unroll 1
   for (int n = warp, i = 0; n < w.pages; n += kWarps, ++i) {
     const int seen = w.keys - n * kPageSlots;  // keys of this page, if less than 16
-    if (i > 0 || rows != 1) load_values();
+    if (i > 0 || !alone) load_values();
     if (seen < kPageSlots) {
       // What no key has written may be anything, and 0 times that too.
 #pragma unroll
@@ -414,8 +437,15 @@ __device__ __forceinline__ void decode_matrix(const T* q, const T* pages, const 
     }
     if (n + kWarps < w.pages) load_keys(page_of(i + 1));
 #pragma unroll
-    for (int j = 0; j < 4; ++j)
-      s[j] = g + 4 * (j & 2) < seen ? (s[j] + other[j]) * scale : kDecodeMasked;
+    for (int j = 0; j < 4; ++j) {
+      const int key = g + 4 * (j & 2);
+      const bool sees = key < seen && (!Bounds::Windowed || n > 0 || key >= w.low);
+      if constexpr (Bounds::Capped)
+        s[j] = sees ? attention::tanh_approx((s[j] + other[j]) * bounds.inner) * scale
+                    : kDecodeMasked;
+      else
+        s[j] = sees ? (s[j] + other[j]) * scale : kDecodeMasked;
+    }
 
     float best[2];
 #pragma unroll
@@ -491,12 +521,12 @@ __device__ __forceinline__ void decode_matrix(const T* q, const T* pages, const 
 }
 
 // float32: 16 lanes a key, a warp two keys at a time, four times.
-template <int kDim, int kKvHeads, int kGroup, int kWarps>
-__device__ __forceinline__ void decode_plain(const float* q, const float* pages,
-                                             const int* page_indptr, const int* page_indices,
-                                             const int* length_info, float* out, float* lse,
-                                             float* part, int rows, int chunk_pages,
-                                             float sm_scale) {
+template <int kDim, int kKvHeads, int kGroup, int kWarps, class Bounds>
+__device__ __forceinline__ void decode_plain(const Bounds& bounds, const float* q,
+                                             const float* pages, const int* page_indptr,
+                                             const int* page_indices, const int* length_info,
+                                             float* out, float* lse, float* part, int rows,
+                                             int chunk_pages, float sm_scale) {
   constexpr int kMost = decode_most(4, kDim);
   constexpr int kUnits = decode_units(kGroup, kMost), kHeads = decode_heads(kGroup, kMost);
   constexpr int kQuads = kDim / 4, kSteps = (kQuads + 15) / 16, kRound = kDim > 128 ? 2 : 4;
@@ -506,7 +536,7 @@ __device__ __forceinline__ void decode_plain(const float* q, const float* pages,
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, side = lane / 16, x = lane % 16;
   const int kv = blockIdx.y / kUnits, first_head = (blockIdx.y % kUnits) * kHeads;
   const int heads = min(kHeads, kGroup - first_head);
-  const DecodeWork w = find_decode_work(page_indptr, length_info, rows, chunk_pages);
+  const DecodeWork w = find_decode_work(bounds, page_indptr, length_info, rows, chunk_pages);
   if (!w.any) return;
   const size_t head_at = static_cast<size_t>(w.sequence) * (kKvHeads * kGroup) + kv * kGroup +
                          first_head;
@@ -524,7 +554,8 @@ __device__ __forceinline__ void decode_plain(const float* q, const float* pages,
       const bool inside = h < heads && x + 16 * s < kQuads;
       float4 v = inside ? reinterpret_cast<const float4*>(q + (head_at + h) * kDim)[x + 16 * s]
                         : zero;
-      query[h][s] = make_float4(v.x * scale, v.y * scale, v.z * scale, v.w * scale);
+      const float factor = Bounds::Capped ? bounds.inner : scale;
+      query[h][s] = make_float4(v.x * factor, v.y * factor, v.z * factor, v.w * factor);
       output[h][s] = zero;
     }
   }
@@ -565,7 +596,10 @@ __device__ __forceinline__ void decode_plain(const float* q, const float* pages,
 #pragma unroll
           for (int step = 1; step < 16; step *= 2)
             sum += __shfl_xor_sync(0xffffffffu, sum, step);
-          score[i] = first + 2 * i + side < seen ? sum : kDecodeMasked;
+          if constexpr (Bounds::Capped) sum = tanhf(sum) * scale;
+          const int key = first + 2 * i + side;
+          const bool sees = key < seen && (!Bounds::Windowed || n > 0 || key >= w.low);
+          score[i] = sees ? sum : kDecodeMasked;
           best = fmaxf(best, score[i]);
         }
         const float shrink = exp2_approx(top[h] - best);
@@ -618,19 +652,32 @@ __device__ __forceinline__ void decode_plain(const float* q, const float* pages,
 
 // Grid (chunks, KV heads * units of one). `part` has room for gridDim.x * gridDim.y partial results
 // of DecodeMerge::kPart floats.
+template <typename T, int kDim, int kKvHeads, int kGroup, int kWarps, class Bounds>
+__device__ __forceinline__ void attention_decode_in(const Bounds& bounds, const T* q,
+                                                    const T* pages, const int* page_indptr,
+                                                    const int* page_indices,
+                                                    const int* length_info, T* out, float* lse,
+                                                    float* part, int rows, int id_count,
+                                                    int chunk_pages, float sm_scale) {
+  if constexpr (sizeof(T) == 4)
+    decode_plain<kDim, kKvHeads, kGroup, kWarps>(bounds, q, pages, page_indptr, page_indices,
+                                                 length_info, out, lse, part, rows, chunk_pages,
+                                                 sm_scale);
+  else
+    decode_matrix<T, kDim, kKvHeads, kGroup, kWarps>(bounds, q, pages, page_indptr, page_indices,
+                                                     length_info, out, lse, part, rows, id_count,
+                                                     chunk_pages, sm_scale);
+}
+
 template <typename T, int kDim, int kKvHeads, int kGroup, int kWarps>
 __device__ __forceinline__ void attention_decode(const T* q, const T* pages,
                                                  const int* page_indptr, const int* page_indices,
                                                  const int* length_info, T* out, float* lse,
                                                  float* part, int rows, int id_count,
                                                  int chunk_pages, float sm_scale) {
-  if constexpr (sizeof(T) == 4)
-    decode_plain<kDim, kKvHeads, kGroup, kWarps>(q, pages, page_indptr, page_indices, length_info,
-                                                 out, lse, part, rows, chunk_pages, sm_scale);
-  else
-    decode_matrix<T, kDim, kKvHeads, kGroup, kWarps>(q, pages, page_indptr, page_indices,
-                                                     length_info, out, lse, part, rows, id_count,
-                                                     chunk_pages, sm_scale);
+  attention_decode_in<T, kDim, kKvHeads, kGroup, kWarps>(
+      attention::Unbounded{}, q, pages, page_indptr, page_indices, length_info, out, lse, part,
+      rows, id_count, chunk_pages, sm_scale);
 }
 
 // The same for a launch that may begin before the one before has ended.
@@ -644,6 +691,31 @@ __device__ __forceinline__ void attention_decode_dependent(
   attention_decode<T, kDim, kKvHeads, kGroup, kWarps>(
       settled(q), settled(pages), settled(page_indptr), settled(page_indices),
       settled(length_info), out, lse, part, rows, id_count, chunk_pages, sm_scale);
+}
+
+// Both with bounds on scores and keys: attention::Bounded. sm_scale: of what the cap gives.
+template <bool kCap, bool kWindow, typename T, int kDim, int kKvHeads, int kGroup, int kWarps>
+__device__ __forceinline__ void bounded_attention_decode(
+    float inner, const int* positions, const int* offsets, int window, const T* q, const T* pages,
+    const int* page_indptr, const int* page_indices, const int* length_info, T* out, float* lse,
+    float* part, int rows, int id_count, int chunk_pages, float sm_scale) {
+  const attention::Bounded<kCap, kWindow> bounds{inner, positions, offsets, window};
+  attention_decode_in<T, kDim, kKvHeads, kGroup, kWarps>(bounds, q, pages, page_indptr,
+                                                         page_indices, length_info, out, lse, part,
+                                                         rows, id_count, chunk_pages, sm_scale);
+}
+
+template <bool kCap, bool kWindow, typename T, int kDim, int kKvHeads, int kGroup, int kWarps>
+__device__ __forceinline__ void bounded_attention_decode_dependent(
+    float inner, const int* positions, const int* offsets, int window, const T* q, const T* pages,
+    const int* page_indptr, const int* page_indices, const int* length_info, T* out, float* lse,
+    float* part, int rows, int id_count, int chunk_pages, float sm_scale) {
+  grid_dependency_launch();
+  grid_dependency_wait();
+  bounded_attention_decode<kCap, kWindow, T, kDim, kKvHeads, kGroup, kWarps>(
+      inner, settled(positions), settled(offsets), window, settled(q), settled(pages),
+      settled(page_indptr), settled(page_indices), settled(length_info), out, lse, part, rows,
+      id_count, chunk_pages, sm_scale);
 }
 
 }  // namespace mlc

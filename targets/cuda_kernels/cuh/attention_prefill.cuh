@@ -12,6 +12,7 @@
 #pragma once
 #include <stdint.h>
 
+#include "attention_bounds.cuh"
 #include "ptx.cuh"
 
 namespace mlc {
@@ -175,29 +176,46 @@ struct Part {
 };
 
 // The keys that rows `first` to `last` of a sequence see, those of one part, and how many keys all
-// of these rows see.
+// of these rows see. None of them sees a key before `start`, a multiple of Keys.
 struct Range {
   int begin, end, unmasked;
 
   template <int Group, int Keys>
   __device__ __forceinline__ static Range of(int rows, int first, int last, int keys, bool causal,
-                                             Part part) {
+                                             Part part, int start = 0) {
     const int ahead = keys - rows / Group;  // keys before the sequence's first token
     const int end = causal ? min(ahead + last / Group + 1, keys) : keys;
     const int unmasked = causal ? min(ahead + first / Group + 1, keys) : keys;
-    const int share = (max(end, 0) + Keys * part.count - 1) / (Keys * part.count) * Keys;
-    const int begin = share * part.index;
+    const int share = (max(end - start, 0) + Keys * part.count - 1) / (Keys * part.count) * Keys;
+    const int begin = start + share * part.index;
     return {begin, min(begin + share, end), unmasked};
   }
 };
 
+// The least and the greatest of low(token) for tokens `first` to `last`; all lanes of a warp.
+template <class Bounds>
+__device__ __forceinline__ int2 lows(const Bounds& bounds, int first, int last) {
+  int least = 0x7fffffff, most = 0;
+  for (int token = first + static_cast<int>(threadIdx.x) % 32; token <= last; token += 32) {
+    const int low = bounds.low(token);
+    least = min(least, low);
+    most = max(most, low);
+  }
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) {
+    least = min(least, __shfl_xor_sync(0xffffffffu, least, step));
+    most = max(most, __shfl_xor_sync(0xffffffffu, most, step));
+  }
+  return make_int2(least, most);
+}
+
 // One tile of one KV head. q, out, lse: of the sequence's first token and the head's first query
 // head; rows: tokens * Group; first: the tile's first row.
 template <typename T, int D, int Group, int KVHeads, int Warps, int RowBlocks, int Keys,
-          class Source, typename Out>
+          class Source, typename Out, class Bounds>
 __device__ __forceinline__ void tile(const T* q, Source& source, Out* out, float* lse, int rows,
                                      int first, int key_count, bool causal, Part part,
-                                     float scale, unsigned char* memory) {
+                                     float scale, const Bounds& bounds, unsigned char* memory) {
   constexpr int Threads = 32 * Warps, WarpRows = 16 * RowBlocks, Rows = Warps * WarpRows;
   constexpr int Pitch = D + 8, Chunks = D / 8, Heads = Group * KVHeads;
   // A single row block keeps its queries in registers; they come through the memory of K and V.
@@ -218,7 +236,10 @@ __device__ __forceinline__ void tile(const T* q, Source& source, Out* out, float
   const auto place_v = [=](int row, int chunk) { return shared_v + row * Pitch + chunk * 8; };
 
   const int last = min(first + Rows, rows) - 1, ahead = key_count - rows / Group;
-  const Range range = Range::of<Group, Keys>(rows, first, last, key_count, causal, part);
+  int2 low = make_int2(0, 0);
+  if constexpr (Bounds::Windowed) low = lows(bounds, first / Group, last / Group);
+  const Range range = Range::of<Group, Keys>(rows, first, last, key_count, causal, part,
+                                             low.x / Keys * Keys);
 
 #pragma unroll
   for (int i = 0; i < Rows * Chunks; i += Threads) {
@@ -305,6 +326,29 @@ __device__ __forceinline__ void tile(const T* q, Source& source, Out* out, float
     }
     copy_async_commit();
 
+    if constexpr (Bounds::Capped) {
+#pragma unroll
+      for (int m = 0; m < RowBlocks; ++m)
+#pragma unroll
+        for (int j = 0; j < Keys / 8; ++j)
+#pragma unroll
+          for (int i = 0; i < 4; ++i)
+            score[m][j][i] = tanh_approx(score[m][j][i] * bounds.inner);
+    }
+    if (Bounds::Windowed && begin < low.y) {
+#pragma unroll
+      for (int m = 0; m < RowBlocks; ++m)
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const int row = first + warp * WarpRows + m * 16 + i * 8 + lane / 4;
+          const int limit = bounds.low(min(row, last) / Group) - begin - lane % 4 * 2;
+#pragma unroll
+          for (int j = 0; j < Keys / 8; ++j) {
+            if (j * 8 < limit) score[m][j][2 * i] = -INFINITY;
+            if (j * 8 + 1 < limit) score[m][j][2 * i + 1] = -INFINITY;
+          }
+        }
+    }
     if (begin + Keys > range.unmasked) {
 #pragma unroll
       for (int m = 0; m < RowBlocks; ++m)
@@ -422,7 +466,8 @@ __device__ __forceinline__ void with_tile(const T* q, const int* q_ends, Out* ou
   }
 }
 
-// Keys and values [tokens, KVHeads, D] of this round: work(q, source, out, lse, rows, first, keys).
+// Keys and values [tokens, KVHeads, D] of this round: work(q, source, out, lse, rows, first, keys,
+// sequence).
 template <int D, int Group, int KVHeads, int Rows, typename T, class Work>
 __device__ __forceinline__ void with_ragged_tile(const T* q, const int* q_ends, const T* k,
                                                  const T* v, const int* key_ends, T* out,
@@ -433,7 +478,7 @@ __device__ __forceinline__ void with_ragged_tile(const T* q, const int* q_ends, 
         const int key = key_ends[b], keys = key_ends[b + 1] - key;
         const int64_t at = (static_cast<int64_t>(key) * KVHeads + head) * D;
         RaggedKeys<T, D, KVHeads> source{k + at, v + at};
-        work(q, source, out, lse, rows, first, keys);
+        work(q, source, out, lse, rows, first, keys, b);
       });
 }
 
@@ -451,7 +496,7 @@ __device__ __forceinline__ void with_paged_tile(const T* q, const int* q_ends, c
         const int lane = threadIdx.x % 32;
         PagedKeys<T, D, KVHeads> source{pages + head * (PageSize * D), page_table + page + lane,
                                         count - lane, 0, 0};
-        work(q, source, out, lse, rows, first, keys);
+        work(q, source, out, lse, rows, first, keys, b);
       });
 }
 
@@ -459,22 +504,53 @@ __device__ __forceinline__ void with_paged_tile(const T* q, const int* q_ends, c
 
 // The kernels. scale: of scores in base 2. Shared memory: see attention_prefill.py.
 template <typename T, int D, int Group, int KVHeads, int Warps, int RowBlocks, int Keys,
-          attention::Devices For>
-__device__ __forceinline__ void prefill_ragged(const T* q, const int* q_ends, const T* k,
-                                               const T* v, const int* key_ends, T* out, float* lse,
-                                               int batch, bool causal, float scale,
-                                               unsigned char* memory) {
+          attention::Devices For, class Bounds>
+__device__ __forceinline__ void prefill_ragged_in(const Bounds& all, const T* q, const int* q_ends,
+                                                  const T* k, const T* v, const int* key_ends,
+                                                  T* out, float* lse, int batch, bool causal,
+                                                  float scale, unsigned char* memory) {
   if constexpr (attention::built_for(For))
     attention::with_ragged_tile<D, Group, KVHeads, 16 * Warps * RowBlocks>(
         q, q_ends, k, v, key_ends, out, lse, batch,
-        [&](const T* q, auto& source, T* out, float* lse, int rows, int first, int keys) {
+        [&](const T* q, auto& source, T* out, float* lse, int rows, int first, int keys, int b) {
           attention::tile<T, D, Group, KVHeads, Warps, RowBlocks, Keys>(
-              q, source, out, lse, rows, first, keys, causal, {0, 1}, scale, memory);
+              q, source, out, lse, rows, first, keys, causal, {0, 1}, scale,
+              all.of(q_ends[b], b), memory);
         });
 }
 
 // Out is T, or float with a grid whose y is the number of parts; then out is
 // [parts, count, D] and lse [parts, count], where count is all tokens times all query heads.
+template <typename T, int D, int Group, int KVHeads, int Warps, int RowBlocks, int Keys,
+          attention::Devices For, typename Out, class Bounds>
+__device__ __forceinline__ void prefill_paged_in(const Bounds& all, const T* q, const int* q_ends,
+                                                 const T* pages, const int* page_ends,
+                                                 const int* page_table, const int* last_fill,
+                                                 Out* out, float* lse, int count, int batch,
+                                                 bool causal, float scale, unsigned char* memory) {
+  if constexpr (attention::built_for(For)) {
+    const attention::Part part = attention::part_of<T, Out>();
+    const int64_t before = static_cast<int64_t>(part.index) * count;
+    attention::with_paged_tile<D, Group, KVHeads, 16 * Warps * RowBlocks>(
+        q, q_ends, pages, page_ends, page_table, last_fill, out + before * D, lse + before, batch,
+        [&](const T* q, auto& source, Out* out, float* lse, int rows, int first, int keys, int b) {
+          attention::tile<T, D, Group, KVHeads, Warps, RowBlocks, Keys>(
+              q, source, out, lse, rows, first, keys, causal, part, scale, all.of(q_ends[b], b),
+              memory);
+        });
+  }
+}
+
+template <typename T, int D, int Group, int KVHeads, int Warps, int RowBlocks, int Keys,
+          attention::Devices For>
+__device__ __forceinline__ void prefill_ragged(const T* q, const int* q_ends, const T* k,
+                                               const T* v, const int* key_ends, T* out, float* lse,
+                                               int batch, bool causal, float scale,
+                                               unsigned char* memory) {
+  prefill_ragged_in<T, D, Group, KVHeads, Warps, RowBlocks, Keys, For>(
+      attention::Unbounded{}, q, q_ends, k, v, key_ends, out, lse, batch, causal, scale, memory);
+}
+
 template <typename T, int D, int Group, int KVHeads, int Warps, int RowBlocks, int Keys,
           attention::Devices For, typename Out>
 __device__ __forceinline__ void prefill_paged(const T* q, const int* q_ends, const T* pages,
@@ -482,16 +558,34 @@ __device__ __forceinline__ void prefill_paged(const T* q, const int* q_ends, con
                                               const int* last_fill, Out* out, float* lse,
                                               int count, int batch, bool causal, float scale,
                                               unsigned char* memory) {
-  if constexpr (attention::built_for(For)) {
-    const attention::Part part = attention::part_of<T, Out>();
-    const int64_t before = static_cast<int64_t>(part.index) * count;
-    attention::with_paged_tile<D, Group, KVHeads, 16 * Warps * RowBlocks>(
-        q, q_ends, pages, page_ends, page_table, last_fill, out + before * D, lse + before, batch,
-        [&](const T* q, auto& source, Out* out, float* lse, int rows, int first, int keys) {
-          attention::tile<T, D, Group, KVHeads, Warps, RowBlocks, Keys>(
-              q, source, out, lse, rows, first, keys, causal, part, scale, memory);
-        });
-  }
+  prefill_paged_in<T, D, Group, KVHeads, Warps, RowBlocks, Keys, For, Out>(
+      attention::Unbounded{}, q, q_ends, pages, page_ends, page_table, last_fill, out, lse, count,
+      batch, causal, scale, memory);
+}
+
+// The same with bounds on scores and keys: attention::Bounded.
+template <bool Cap, bool Window, typename T, int D, int Group, int KVHeads, int Warps,
+          int RowBlocks, int Keys, attention::Devices For>
+__device__ __forceinline__ void bounded_prefill_ragged(
+    float inner, const int* positions, const int* offsets, int window, const T* q,
+    const int* q_ends, const T* k, const T* v, const int* key_ends, T* out, float* lse, int batch,
+    bool causal, float scale, unsigned char* memory) {
+  const attention::Bounded<Cap, Window> bounds{inner, positions, offsets, window};
+  prefill_ragged_in<T, D, Group, KVHeads, Warps, RowBlocks, Keys, For>(
+      bounds, q, q_ends, k, v, key_ends, out, lse, batch, causal, scale, memory);
+}
+
+template <bool Cap, bool Window, typename T, int D, int Group, int KVHeads, int Warps,
+          int RowBlocks, int Keys, attention::Devices For, typename Out>
+__device__ __forceinline__ void bounded_prefill_paged(
+    float inner, const int* positions, const int* offsets, int window, const T* q,
+    const int* q_ends, const T* pages, const int* page_ends, const int* page_table,
+    const int* last_fill, Out* out, float* lse, int count, int batch, bool causal, float scale,
+    unsigned char* memory) {
+  const attention::Bounded<Cap, Window> bounds{inner, positions, offsets, window};
+  prefill_paged_in<T, D, Group, KVHeads, Warps, RowBlocks, Keys, For, Out>(
+      bounds, q, q_ends, pages, page_ends, page_table, last_fill, out, lse, count, batch, causal,
+      scale, memory);
 }
 
 // out = the parts of each of `rows` rows by their weights; a warp for each row.

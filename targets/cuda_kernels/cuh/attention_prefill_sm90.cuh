@@ -292,7 +292,7 @@ __device__ __forceinline__ void prefill_ragged_sm90(const T* q, const int* q_end
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   attention::with_ragged_tile<D, Group, KVHeads, 64 * Warpgroups>(
       q, q_ends, k, v, key_ends, out, lse, batch,
-      [&](const T* q, auto& source, T* out, float* lse, int rows, int first, int keys) {
+      [&](const T* q, auto& source, T* out, float* lse, int rows, int first, int keys, int) {
         attention::tile_sm90<T, D, Group, KVHeads, Warpgroups, Keys, Copiers>(
             q, source, out, lse, rows, first, keys, causal, {0, 1}, scale, memory);
       });
@@ -311,7 +311,7 @@ __device__ __forceinline__ void prefill_paged_sm90(const T* q, const int* q_ends
   const int64_t before = static_cast<int64_t>(part.index) * count;
   attention::with_paged_tile<D, Group, KVHeads, 64 * Warpgroups>(
       q, q_ends, pages, page_ends, page_table, last_fill, out + before * D, lse + before, batch,
-      [&](const T* q, auto& source, Out* out, float* lse, int rows, int first, int keys) {
+      [&](const T* q, auto& source, Out* out, float* lse, int rows, int first, int keys, int) {
         attention::tile_sm90<T, D, Group, KVHeads, Warpgroups, Keys, Copiers>(
             q, source, out, lse, rows, first, keys, causal, part, scale, memory);
       });
