@@ -67,8 +67,8 @@ TEXT_PROMPT = "The capital of France is"
 # run is bounded by the memory of one text's activations instead.
 MAX_WORK = 3e11
 ROUGHENINGS = 2  # samples of a context's sensitivity
-# Where two experts are all but equal, rounding decides which one a token takes, and all that follows
-# reads another value. A few samples miss that.
+# Where two experts are all but equal, rounding decides which one a token takes, and all that
+# follows reads another value. A few samples miss that.
 ROUTED_ROUGHENINGS = 8
 SHORTEST, LONGEST, LONGEST_THOROUGH = 128, 2048, 32768
 

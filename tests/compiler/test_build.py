@@ -134,7 +134,15 @@ def test_two_compilations_give_the_same_bytes(built: tuple[Path, Path], tmp_path
 
 
 @pytest.mark.parametrize(
-    "opt", [*(f"{switch}=0" for switch in FUSIONS if switch not in WITHOUT_KERNELS), "O0"]
+    "opt",
+    [
+        *(
+            pytest.param(f"{switch}=0", marks=pytest.mark.slow)
+            for switch in FUSIONS
+            if switch not in WITHOUT_KERNELS
+        ),
+        "O0",
+    ],
 )
 def test_every_optimisation_can_be_switched_off(built: tuple[Path, Path], opt: str) -> None:
     folder, path = built

@@ -43,7 +43,10 @@ def reference(folder: Path) -> np.ndarray[Any, Any]:
     return logits(folder, "O0")
 
 
-@pytest.mark.parametrize("opt", ["O2", *(f"{switch}=0" for switch in WITHOUT_KERNELS)])
+@pytest.mark.parametrize(
+    "opt",
+    ["O2", *(pytest.param(f"{s}=0", marks=pytest.mark.slow) for s in WITHOUT_KERNELS)],
+)
 def test_each_can_be_switched_off_and_the_logits_stay(
     folder: Path, reference: np.ndarray[Any, Any], opt: str
 ) -> None:
@@ -134,6 +137,7 @@ def test_layer_norms_take_the_sum_before_them(layer_norm_folder: Path, target: s
     assert "add_layer_norm" not in norms("fuse_norm=0")
 
 
+@pytest.mark.slow
 def test_layer_norm_kernels_leave_the_logits(layer_norm_folder: Path) -> None:
     plain, fused = (logits(layer_norm_folder, opt) for opt in ("O0", "O2"))
     assert np.isfinite(fused).all()

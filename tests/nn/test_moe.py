@@ -157,12 +157,17 @@ def gated(gate_up: Array) -> Array:
 @pytest.mark.parametrize(
     ("scheme", "shared", "score", "renormalize"),
     [
-        ("q0f32", None, "softmax", True),
         ("q4f32_1", "gated", "softmax", False),
-        ("q8f32_1", "plain", "sigmoid", True),
-        ("q3f16_1", "gated", "softmax", True),
-        ("q4f16_0", None, "sigmoid", False),
-        ("q0f16", "plain", "softmax", True),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ("q0f32", None, "softmax", True),
+                ("q8f32_1", "plain", "sigmoid", True),
+                ("q3f16_1", "gated", "softmax", True),
+                ("q4f16_0", None, "sigmoid", False),
+                ("q0f16", "plain", "softmax", True),
+            )
+        ),
     ],
 )
 def test_block(

@@ -91,6 +91,7 @@ def small_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mlc_compile.runtime.bench.BANDWIDTH_BYTES", 32 << 20)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_buffer")
 def test_measure_in_a_process_with_so_many_threads() -> None:
     model = built_model()

@@ -120,8 +120,8 @@ def test_attention_sinks() -> None:
 
 
 ODD_HEADS = [
-    {"d": 20, "q_heads": 4, "kv_heads": 4},
     {"d": 36, "q_heads": 2, "kv_heads": 1, "rotary_dim": 10, "dtype": "float16"},
+    {"d": 20, "q_heads": 4, "kv_heads": 4},
     {"d": 40, "q_heads": 5, "kv_heads": 1, "vector_bits": 512},
     {"d": 80, "q_heads": 4, "kv_heads": 4, "rotary_dim": 32},
     {"d": 96, "q_heads": 4, "kv_heads": 2, "vector_bits": 128},
@@ -131,17 +131,24 @@ ODD_HEADS = [
 ]
 
 
-@pytest.mark.parametrize("shape", ODD_HEADS, ids=lambda s: f"d{s['d']}-{s['q_heads']}heads")
+def first_quick(*cases: Any) -> list[Any]:
+    """.ci/run does all."""
+    return [cases[0], *(pytest.param(case, marks=pytest.mark.slow) for case in cases[1:])]
+
+
+@pytest.mark.parametrize(
+    "shape", first_quick(*ODD_HEADS), ids=lambda s: f"d{s['d']}-{s['q_heads']}heads"
+)
 def test_uncommon_head_sizes_with_windows_and_softcap(shape: dict[str, Any]) -> None:
     scenarios.layer_windows(cpu_cache, 24, softcap=2.0, **shape)
 
 
-@pytest.mark.parametrize("window", [1, 7, 40])
+@pytest.mark.parametrize("window", first_quick(7, 1, 40))
 def test_windowed_layers_beside_full_ones(window: int) -> None:
     scenarios.layer_windows(cpu_cache, window, rotary_dim=0 if window == 7 else None)
 
 
-@pytest.mark.parametrize("window", [2, 30])
+@pytest.mark.parametrize("window", first_quick(2, 30))
 def test_windowed_layers_over_a_shared_prefix(window: int) -> None:
     """With 2 the whole prefix leaves the windows: its part of every row is empty."""
     scenarios.shared_prefix(cpu_cache, layers=2, layer_window=window, softcap=1.5)
@@ -198,6 +205,7 @@ def test_sliding_cache_without_rotation_or_with_softcap(shape: dict[str, Any]) -
     scenarios.window_past_the_wrap(cpu_cache, rotary_dim=rotary_dim, **shape)
 
 
+@pytest.mark.slow
 def test_cache_without_rotation() -> None:
     scenarios.prefill_decode_and_batches(cpu_cache, rotary_dim=0, d=36, q_heads=4)
     scenarios.unwritten_slots(cpu_cache, None, rotary_dim=0, softcap=1.5)

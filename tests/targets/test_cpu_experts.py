@@ -45,12 +45,15 @@ def check(
             case.check(arguments[0], arguments[1], out.numpy(), count, kind)
 
 
+QUICK = ("q4f16_1", "q0f32", "q3f16_1")  # .ci/run does all
 # One token; with 5 experts, of which each token has 2: GEMVs up to 60 tokens, tiles above.
 ROWS = {1: (1,), None: (1, 2, 7, 60, 61, 75)}
 
 
 @pytest.mark.parametrize("rows", [1, None])
-@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize(
+    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in SCHEMES]
+)
 def test_every_scheme(name: str, rows: int | None) -> None:
     # N and K that no vector divides, K not a whole number of groups either.
     spec = expert_spec(name, 5, 2, 75, 200, out_dtype="float32", rows=rows)

@@ -33,12 +33,12 @@ def build(folder: Path, target: str, scheme: str) -> tuple[Path, list[str]]:
 
 
 def cases() -> list[object]:
-    quick = [("cuda:sm_75", "q4f16_1")]
+    old = [("cuda:sm_75", "q4f16_1")]
     every = [("cuda", name) for name in SCHEMES] + [
         ("cuda:sm_80", name) for name, s in SCHEMES.items() if s.model_dtype == "bfloat16"
     ]
-    able = [(t, s) for t, s in every if SCHEMES[s].model_dtype in get_target(t)[0].dtypes]
-    return [*quick, *(pytest.param(*case, marks=pytest.mark.slow) for case in able)]
+    able = old + [(t, s) for t, s in every if SCHEMES[s].model_dtype in get_target(t)[0].dtypes]
+    return [pytest.param(*case, marks=pytest.mark.slow) for case in able]
 
 
 @pytest.mark.parametrize(("target", "scheme"), cases())
