@@ -7,6 +7,7 @@ those given with `--target`; CI runs one job for each.
 from __future__ import annotations
 
 import os
+import re
 
 import pytest
 
@@ -15,6 +16,38 @@ import pytest
 if "PYTEST_XDIST_WORKER" in os.environ:
     for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "TVM_NUM_THREADS"):
         os.environ.setdefault(variable, "1")
+
+
+# Tests that take seconds each and have a quick sibling; .ci/run does all.
+SLOW = re.compile(
+    "|".join(
+        (
+            r"test_nvcc_compiles",
+            r"test_cuda_\w+\.py::test_compiles",
+            r"test_errors_of_nvcc_reach_the_user",
+            r"test_cuda_cache\.py::\w+\[(80|90)-",
+            r"test_gpu_attention\.py::test_(prefill_decode_and_batches|attention_sinks|fork|trees_and_"
+            r"their_commit|windows_of_several_sequences)\[(cuda|metal)",
+            r"test_gpu_attention\.py::test_launches_keep_to_the_limits\[.*'(softcap|attention_sink)'",
+            r"test_gpu_(elementwise|sampling)\.py::test_(launches_keep_to_the_device|small_groups|"
+            r"smaller_devices_get_smaller_groups)\[.*(cuda|metal)",
+            r"test_gpu_linear\.py::test_(a_smaller_device|gemm_cuts|group_of_more_words)",
+            r"test_cpu_attention\.py::test_prefill_decode_and_batches\[(mha-d64|gqa7|gqa4|gqa8)",
+            r"test_cpu_attention\.py::test_window_is_exact_far_past_the_wrap\[window33",
+            r"test_(gpu|cpu)_experts\.py::test_(routes|odd_shapes|activation_and_output_dtypes)",
+            r"test_convert\.py::test_memory_is_bounded.*\[(?!llama)",
+            r"test_convert\.py::test_every_architecture\[\w+-",
+            r"test_reference\.py::test_numpy_equals_transformers_for_every_architecture\[\w+-",
+        )
+    )
+)
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m looks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if SLOW.search(item.nodeid):
+            item.add_marker(pytest.mark.slow)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
