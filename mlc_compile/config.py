@@ -832,10 +832,6 @@ def rope_context(model: ModelConfig, plan: CompileConfig) -> int:
     return model.max_position_embeddings if window == UNSET else window
 
 
-def _option(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
 def _size(
     name: str, value: object, *, low: int = 1, high: int = INT32_MAX, unset: bool = True
 ) -> int | None:

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
-import cases_classic
-import cases_dense
-import cases_llama
-import cases_sparse
 import numpy as np
 import pytest
-from architecture_cases import SEEDS, TEXT, Case
+from architecture_cases import SEEDS, TEXT
+from every_model import CASES, FAMILIES
 from tiny_models import VOCAB, Built, build, convert, save_checkpoint, save_tokenizer
 
 from mlc_compile.models import ARCHITECTURES, load_model
@@ -19,10 +15,6 @@ from mlc_compile.runtime.reference import Attention, NumpyReference, checkpoint_
 from mlc_compile.runtime.verify import verify
 from mlc_compile.weights.checkpoint import open_checkpoint
 
-FAMILIES = (cases_llama, cases_dense, cases_classic, cases_sparse)
-CASES: Mapping[str, Case] = {
-    name: case for family in FAMILIES for name, case in family.CASES.items()
-}
 DECODE_STEPS = 44  # more than twice the window of the cases that have one
 QUICK = ("llama", "qwen3")
 

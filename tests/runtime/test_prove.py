@@ -157,6 +157,14 @@ def test_published_configs_become_small(file: str) -> None:
 QUICK = ("Phi-3.5-mini-instruct.json", "gemma-2-2b.json", "Qwen3-30B-A3B.json")
 
 
+# Checkpoints that bring their own code, and one that transformers reads as Llama. The parity tests
+# compare them with twins.
+UNPROVABLE = {
+    *("baichuan", "chatglm", "deepseek", "exaone", "internlm", "internlm2", "internlm3"),
+    *("minicpm", "orion", "qwen"),
+}
+
+
 @pytest.mark.parametrize(
     "file", [f if f in QUICK else pytest.param(f, marks=pytest.mark.slow) for f in STORED]
 )
@@ -166,7 +174,9 @@ def test_published_classes_are_proved(file: str) -> None:
     model = load_model(config, where=file)
     shapes = {n: s for spec in model.parameters() for n, s in expected_shapes(spec).items()}
     found = prove(identify(config, shapes, where=file), config)
-    if found.unproved:
-        pytest.skip(found.unproved)
+    if model.arch.name in UNPROVABLE:
+        assert found.unproved and not found.proofs
+        return
+    assert not found.unproved
     assert verdicts(found) == {model.arch.name: True}
     assert found.proofs[0].worst.nmse < BOUND / 100

@@ -360,7 +360,8 @@ def test_trees(
         rounds = [([7, 1, 25], [7, 1, 25], [30, 1, 25]), ([40], [40], [75])]
     spec = numbers(shape, layer_window=window)
     if paged and "tree_paged" not in kernels(spec, device.limits):
-        pytest.skip("too few buffers")
+        assert device.name == "webgpu"
+        pytest.skip("WebGPU has too few buffers for this kernel, so its cache has none")
     for seed, (rows, nodes, lens) in enumerate(rounds):
         call = Call(device, spec, seed, rows)
         call.keys(lens)
