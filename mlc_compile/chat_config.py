@@ -1,17 +1,20 @@
 """mlc-chat-config.json: what a chat runtime needs to know about a converted model.
 
-- `gen_config` writes it with the tokenizer files, all or nothing.
+- `gen_config` writes it with the tokenizer files, all or nothing, and enters their hashes into a
+  manifest.json that is there already (convert_weight does it where it comes second).
 - Everything in it comes from the checkpoint's own files: sampling defaults and stop tokens from
   generation_config.json before config.json before the tokenizer, the vocabulary from
   tokenizer.json. Nothing depends on which packages are installed.
 - `ChatConfig` reads it back, for `compile`, `plan` and `run`.
 
-The fields are those of MLC-LLM's `MLCChatConfig`, version 0.1.0, and `architecture`, which says how
-far the architecture is proved.
+The fields are those of MLC-LLM's `MLCChatConfig`, version 0.1.0, and two of ours: `architecture`,
+which says how far the architecture is proved, and `quantization_overrides`, the weights that
+another scheme than `quantization` holds.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -20,9 +23,17 @@ from typing import Any, Final, get_args
 
 from mlc_compile.config import CompileConfig, read_json_strict
 from mlc_compile.errors import InputError
+from mlc_compile.manifest import (
+    CHAT_CONFIG,
+    MANIFEST,
+    manifest_bytes,
+    read_manifest,
+    with_configuration,
+)
 from mlc_compile.models.detect import load_model
 from mlc_compile.models.spec import Basis, Model, Standing
-from mlc_compile.quantization.scheme import QuantScheme
+from mlc_compile.quantization.policy import with_overrides
+from mlc_compile.quantization.scheme import QuantScheme, get_scheme
 from mlc_compile.weights.checkpoint import Checkpoint
 from mlc_compile.weights.conv_template import (
     ConvTemplate,
@@ -31,6 +42,7 @@ from mlc_compile.weights.conv_template import (
     resolve,
 )
 from mlc_compile.weights.publish import cannot_write, staged
+from mlc_compile.weights.tensor_cache import WrittenFile
 from mlc_compile.weights.tokenizer import (
     COPIED_FILES,
     LoadedTokenizer,
@@ -41,10 +53,12 @@ from mlc_compile.weights.tokenizer import (
     tokenizer_info,
 )
 
-FILE_NAME: Final = "mlc-chat-config.json"
+FILE_NAME: Final = CHAT_CONFIG
 VERSION: Final = "0.1.0"
 UNUSED: Final = -1
 """MLC's value for a size that doesn't apply."""
+
+OVERRIDES_KEY: Final = "quantization_overrides"
 
 COMPILE_KEYS: Final = (
     "context_window_size",
@@ -121,7 +135,7 @@ def gen_config(
         checkpoint, model, scheme, compile_config, files, conv_template=conv_template
     )
     files = {**files, FILE_NAME: json_bytes(config)}
-    _publish(out, files)
+    _publish(out, files, _manifest_with(out, files))
     return GenConfigReport(
         path=out / FILE_NAME,
         files=tuple(out / name for name in files),
@@ -191,6 +205,8 @@ def build_config(
         "embedding_metadata": None,
         "architecture": model.identity(),
     }
+    if scheme.overrides:
+        config[OVERRIDES_KEY] = scheme.overrides_json()
     return config, derived
 
 
@@ -335,11 +351,25 @@ def _check_output(out: Path, files: Mapping[str, bytes], overwrite: bool) -> Non
             )
 
 
-def _publish(out: Path, files: Mapping[str, bytes]) -> None:
-    owned = {FILE_NAME, *COPIED_FILES}
+def _manifest_with(out: Path, files: Mapping[str, bytes]) -> dict[str, bytes]:
+    """The manifest.json of `out`, with `files` in it; nothing where there is none of ours."""
+    try:
+        document = read_manifest(out)
+    except InputError:
+        return {}
+    written = [
+        WrittenFile(name, len(files[name]), hashlib.sha256(files[name]).hexdigest())
+        for name in (FILE_NAME, *COPIED_FILES)
+        if name in files
+    ]
+    return {MANIFEST: manifest_bytes(with_configuration(document, written))}
+
+
+def _publish(out: Path, files: Mapping[str, bytes], manifest: Mapping[str, bytes]) -> None:
+    owned = {FILE_NAME, *COPIED_FILES, *manifest}
     with staged(out, FILE_NAME, owned.__contains__) as staging:
         try:
-            for name, data in files.items():
+            for name, data in {**files, **manifest}.items():
                 (staging.new / name).write_bytes(data)
         except OSError as error:
             raise cannot_write(out, error) from error
@@ -375,6 +405,26 @@ class ChatConfig:
         """
         model = load_model(self.model_config, model_type=self.model_type, where=str(self.path))
         return replace(model, standing=self.standing)
+
+    def scheme(self, model: Model) -> QuantScheme:
+        """The scheme that it names, with its overrides for the parameters of `model`.
+
+        Raises:
+            InputError: an unknown scheme, or an override that doesn't fit; names the file.
+        """
+        scheme = get_scheme(self.quantization)
+        given = self.raw.get(OVERRIDES_KEY)
+        if given is None:
+            return scheme
+        if not isinstance(given, list):
+            raise InputError(
+                f"{self.path}: {OVERRIDES_KEY} is {given!r:.60}, not a list",
+                hint="make the file again with mlc_compile gen_config",
+            )
+        try:
+            return with_overrides(scheme, given, model)
+        except InputError as error:
+            raise InputError(f"{self.path}: {error.message}", hint=error.hint) from error
 
     @classmethod
     def read(cls, path: str | Path) -> ChatConfig:

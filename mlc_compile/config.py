@@ -17,7 +17,7 @@ from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, Protocol, TypeAlias
 
 from mlc_compile.errors import InputError
 from mlc_compile.rope import (
@@ -114,13 +114,19 @@ def parse_json_strict(text: str, *, where: str) -> dict[str, Any]:
     return value
 
 
-def read_json_strict(path: str | Path) -> dict[str, Any]:
+class Readable(Protocol):
+    """A file elsewhere than on this machine, called by what `str` gives. See weights/remote.py."""
+
+    def read_bytes(self) -> bytes: ...
+
+
+def read_json_strict(path: str | Path | Readable) -> dict[str, Any]:
     """A JSON object from a file.
 
     Raises:
         InputError: missing or unreadable file, and whatever `parse_json_strict` refuses.
     """
-    path = Path(path)
+    path = Path(path) if isinstance(path, str) else path
     try:
         text = path.read_bytes().decode("utf-8")
     except FileNotFoundError as error:

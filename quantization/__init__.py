@@ -1,4 +1,4 @@
 """Quantisation: schemes as data, the policy that assigns them, the numpy reference of packing.
 
-`linear` is the only module here that imports TVM.
+`linear` and the kernels (`*_kernels`, `native`) are the only modules here that import TVM.
 """

@@ -1,4 +1,4 @@
-"""Symmetric group quantisation in numpy: the reference of every faster path, bit for bit.
+"""Symmetric groups in numpy: the plain rules for scales and codes, and narrowing, bit for bit.
 
 Formulas (mlc-format.md, "Group quant, exact"), for group j of a row and M = scheme.max_int:
 
@@ -26,8 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mlc_compile.errors import InputError
-from mlc_compile.quantization.packing import pack, unpack
-from mlc_compile.quantization.scheme import Layout, QuantScheme, numpy_dtype
+from mlc_compile.quantization.scheme import QuantScheme, numpy_dtype
 
 Array = npt.NDArray[Any]
 Float32 = npt.NDArray[np.float32]
@@ -36,7 +35,7 @@ Float32 = npt.NDArray[np.float32]
 _CHUNK = 48 * 1024
 
 # |x| at or above this rounds to infinity: the largest finite value plus half of its last digit.
-_OVERFLOW = {
+OVERFLOW = {
     "float16": (2 - 2.0**-11) * 2.0**15,
     "bfloat16": (2 - 2.0**-8) * 2.0**127,
     "float32": (2 - 2.0**-24) * 2.0**127,
@@ -52,79 +51,77 @@ def narrow(weight: Array, dtype: str, *, name: str = "weight") -> Array:
     return weight.astype(numpy_dtype(dtype), copy=False)
 
 
-def quantize(
-    weight: Array, scheme: QuantScheme, *, layout: Layout | None = None, name: str = "weight"
-) -> tuple[npt.NDArray[np.uint32], Array]:
-    """Packs a weight [N, K] of any floating dtype.
-
-    layout: the scheme's by default; pass "NK" for an embedding.
-    Returns (q_weight uint32 [N, words], q_scale model_dtype [N, groups]), both transposed in
-    layout "KN".
-    Raises InputError naming the tensor `name` for a value that is not finite or that overflows.
-    """
-    if scheme.is_plain or weight.ndim != 2:
-        raise ValueError(f"cannot pack a tensor of {weight.ndim} axes with {scheme.name}")
-    n, k = weight.shape
-    q_weight = np.empty((n, scheme.num_words(k)), np.uint32)
-    q_scale = np.empty((n, scheme.num_groups(k)), numpy_dtype(scheme.model_dtype))
-    for rows in _row_chunks(n, scheme.num_groups(k) * scheme.group_size):
-        q_weight[rows], q_scale[rows] = _quantize_rows(weight[rows], scheme, name)
-    if (layout or scheme.layout) == "KN":
-        return np.ascontiguousarray(q_weight.T), np.ascontiguousarray(q_scale.T)
-    return q_weight, q_scale
-
-
-def dequantize(
-    q_weight: npt.NDArray[np.uint32],
-    q_scale: Array,
-    scheme: QuantScheme,
-    k: int,
-    *,
-    layout: Layout | None = None,
-) -> Array:
-    """The weight [N, k] in the model dtype, from what `quantize` returns for the same `layout`."""
-    if (layout or scheme.layout) == "KN":
-        q_weight, q_scale = q_weight.T, q_scale.T
-    n, groups = q_scale.shape
-    result = np.empty((n, k), numpy_dtype(scheme.model_dtype))
-    for rows in _row_chunks(n, groups * scheme.group_size):
-        fields = unpack(q_weight[rows], scheme.bits).astype(np.float32)
-        fields -= np.float32(scheme.max_int)
-        grouped = fields.reshape(-1, groups, scheme.group_size)
-        grouped *= q_scale[rows].astype(np.float32)[..., None]
-        result[rows] = grouped.reshape(fields.shape)[:, :k]
-    return result
-
-
-def _row_chunks(n: int, row_length: int) -> Iterator[slice]:
+def row_chunks(n: int, row_length: int) -> Iterator[slice]:
+    """Slices of `n` rows, of so many that temporaries stay in a cache; results don't depend on
+    them."""
     step = max(1, _CHUNK // max(1, row_length))
     for start in range(0, n, step):
         yield slice(start, min(n, start + step))
 
 
-def _quantize_rows(
-    weight: Array, scheme: QuantScheme, name: str
-) -> tuple[npt.NDArray[np.uint32], Array]:
-    """`quantize` for a few rows, layout "NK"."""
+def element_major(weight: Array, scheme: QuantScheme, name: str) -> Float32:
+    """A few rows [n, K] as groups [size, n * groups], narrowed to the model dtype and padded with
+    zeros, in float32: maxima, scaling, sums and packing then run along contiguous rows.
+
+    Raises InputError as `narrow` does.
+    """
     rows, k = weight.shape
-    groups, size, top = scheme.num_groups(k), scheme.group_size, np.float32(scheme.max_int)
+    groups, size = scheme.num_groups(k), scheme.group_of(k)
     narrowed = _narrow_to_float32(weight, scheme.model_dtype, name)
     if groups * size != k:
         narrowed = np.pad(narrowed, ((0, 0), (0, groups * size - k)))
-    # Element-major [size, rows * groups]: maxima, scaling and packing run along contiguous rows.
-    x = np.ascontiguousarray(narrowed.reshape(rows * groups, size).T)
+    found: Float32 = np.array(narrowed.reshape(rows * groups, size).T, order="C")
+    return found
+
+
+def absmax(x: Float32, scheme: QuantScheme) -> tuple[npt.NDArray[np.uint32], Array]:
+    """(codes [size, columns], scales [columns] in the model dtype) of groups [size, columns] that
+    `element_major` made; the formula of this module. Overwrites `x`."""
+    top = np.float32(scheme.max_int)
     max_abs = np.abs(np.maximum(x.max(axis=0), -x.min(axis=0)))  # abs: -0.0 must not be stored
     scale = (max_abs / top).astype(numpy_dtype(scheme.model_dtype))
-    divisor = scale.astype(np.float32)
-    divisor[divisor == 0] = np.inf  # w / inf = 0, so that q = M
-    x /= divisor
-    _round_fraction(x, scheme.model_dtype)
-    x += top
-    _round_fraction(x, scheme.model_dtype)
+    return _codes(x, scale, scheme, 2 * scheme.max_int), scale
+
+
+def signed(x: Float32, scheme: QuantScheme) -> tuple[npt.NDArray[np.uint32], Array]:
+    """As `absmax`, by the rule that uses all codes (llama.cpp's Q4_0 has it mirrored):
+
+        p     = the weight of largest magnitude, the positive one of two
+        scale = p / (M + 1)                                 below 0 where p is
+        q[k]  = clip(round(w[k] / scale + M), 0, 2M + 1)    so q = 2M + 1 for p
+
+    Roundings are those of `absmax`. A step is smaller by M / (M + 1), and what lies on the side
+    that p is not on is at most M steps away or is clipped to that.
+    """
+    peak = signed_peak(x) / np.float32(scheme.max_int + 1)
+    scale = peak.astype(numpy_dtype(scheme.model_dtype))
+    scale[scale == 0] = 0  # -0.0 must not be stored
+    return _codes(x, scale, scheme, 2 * scheme.max_int + 1), scale
+
+
+def signed_peak(x: Float32) -> Float32:
+    """The number of largest magnitude in each column; of two the positive one."""
+    high, low = x.max(axis=0), x.min(axis=0)
+    peak: Float32 = np.where(high >= -low, high, low)
+    return peak
+
+
+def _codes(x: Float32, scale: Array, scheme: QuantScheme, most: int) -> npt.NDArray[np.uint32]:
+    """clip(round(x / scale + M), 0, most), each operation rounded to the model dtype."""
+    x /= divisor(scale)
+    round_fraction(x, scheme.model_dtype)
+    x += np.float32(scheme.max_int)
+    round_fraction(x, scheme.model_dtype)
     np.rint(x, out=x)
-    np.clip(x, 0, 2 * top, out=x)
-    words = pack(x.astype(np.int32).view(np.uint32), scheme.bits, axis=0)
-    return words.T.reshape(rows, groups * scheme.words_per_group), scale.reshape(rows, groups)
+    np.clip(x, 0, most, out=x)
+    return x.astype(np.int32).view(np.uint32)
+
+
+def divisor(scale: Array) -> Float32:
+    """The scales in float32, with infinity in place of 0: w / inf = 0 is the code of weight 0."""
+    found: Float32 = scale.astype(np.float32)
+    found[found == 0] = np.inf
+    return found
 
 
 def _check_range(weight: Array, dtype: str, name: str) -> None:
@@ -135,7 +132,7 @@ def _check_range(weight: Array, dtype: str, name: str) -> None:
     unsigned = np.dtype(f"u{weight.itemsize}")
     magnitude = np.bitwise_and(weight.view(unsigned), np.iinfo(unsigned).max >> 1)
     peak = float(magnitude.max(keepdims=True).view(weight.dtype).reshape(())[()])
-    if peak < _OVERFLOW[dtype]:  # False for NaN as well
+    if peak < OVERFLOW[dtype]:  # False for NaN as well
         return
     if not math.isfinite(peak):
         raise InputError(
@@ -162,19 +159,19 @@ def _narrow_to_float32(weight: Array, dtype: str, name: str) -> Float32:
         return x.astype(target).astype(np.float32)
     # float32 -> float16 -> float32 without numpy's conversion, which takes eight times as long.
     rounded = x.copy()
-    _round_fraction(rounded, dtype)
+    round_fraction(rounded, dtype)
     # Below 2**-14 the grid is even, 2**-24: the spacing of float32 around 0.75.
     np.copyto(rounded, (x + np.float32(0.75)) - np.float32(0.75), where=np.abs(x) < 2.0**-14)
     return rounded
 
 
-def _round_fraction(x: Float32, dtype: str) -> None:
+def round_fraction(x: Float32, dtype: str) -> None:
     """Rounds `x` in place to the significant bits of `dtype`, half to even.
 
     Equals a conversion to `dtype` and back for finite values in its normal range. Quotients and
     sums below that range are rounded more finely, which cannot change q: next to M they vanish.
     """
-    dropped = {"float16": 13, "bfloat16": 16, "float32": 0}[dtype]
+    dropped = {"e4m3": 20, "float16": 13, "bfloat16": 16, "float32": 0}[dtype]
     if not dropped:
         return
     bits = x.view(np.uint32)

@@ -7,7 +7,7 @@ kernel.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from tvm import te, tirx
 from tvm.relax.frontend import nn
@@ -24,114 +24,113 @@ from mlc_compile.nn.linear import (
 )
 from mlc_compile.quantization.policy import is_quantized, stored_layout, stored_params
 from mlc_compile.quantization.scheme import QuantScheme
+from mlc_compile.targets import codes
+from mlc_compile.targets.kernels import along
 
 DEQUANTIZE = "dequantize"
 
 
 def dequantize(
-    q_weight: Tensor, q_scale: Tensor, shape: tuple[int, ...], scheme: QuantScheme, layout: str
+    packed: Sequence[Tensor], shape: tuple[int, ...], scheme: QuantScheme, layout: str
 ) -> Tensor:
-    """The weight [n, k] in the model dtype: (field - max_int) * scale (formula:
-    quantization/group.py).
+    """The weight [n, k] in the model dtype (formulas: quantization/group.py).
 
-    q_weight is uint32 [n, words] and q_scale [n, groups]; both are transposed in layout "KN".
+    packed: q_weight uint32 [n, words], q_scale [n, groups] and, of affine codes, q_zero uint32
+    [n, words of zero points]; all transposed in layout "KN".
     """
     n, k = (tirx.IntImm("int64", extent) for extent in shape)
-    kn = layout == "KN"
+    scheme = along(scheme, shape[1])
 
-    def compute(words: te.Tensor, scales: te.Tensor) -> te.Tensor:
+    def compute(*tensors: te.Tensor) -> te.Tensor:
         def element(i: tirx.Var, j: tirx.Var) -> tirx.Expr:
-            word, group = j // scheme.elems_per_word, j // scheme.group_size
-            if kn:
-                return _element(words[word, i], scales[group, i], j, scheme)
-            return _element(words[i, word], scales[i, group], j, scheme)
+            def load(tensor: te.Tensor) -> Callable[[tirx.Expr], tirx.Expr]:
+                return lambda at: tensor(at, i) if layout == "KN" else tensor(i, at)
+
+            return _element(j, scheme, [load(tensor) for tensor in tensors])
 
         return te.compute((n, k), element, name=DEQUANTIZE)
 
     attrs = {"mlc.op": DEQUANTIZE, "mlc.scheme": scheme.name, "mlc.layout": layout}
-    return op.tensor_expr_op(compute, DEQUANTIZE, [q_weight, q_scale], attrs=attrs)
+    return op.tensor_expr_op(compute, DEQUANTIZE, list(packed), attrs=attrs)
 
 
-def _element(word: tirx.Expr, scale: tirx.Expr, k: tirx.Expr, scheme: QuantScheme) -> tirx.Expr:
-    """Element k of a row, from the word that holds it and the scale of its group."""
-    shift = (k % scheme.elems_per_word * scheme.bits).astype("uint32")
-    mask = tirx.const((1 << scheme.bits) - 1, "uint32")
-    field = tirx.bitwise_and(tirx.shift_right(word, shift), mask)
-    zero = tirx.const(scheme.max_int, scheme.model_dtype)
-    return (field.astype(scheme.model_dtype) - zero) * scale
+def _element(
+    k: tirx.Expr, scheme: QuantScheme, loads: Sequence[Callable[[tirx.Expr], tirx.Expr]]
+) -> tirx.Expr:
+    """Element k of a row, from what loads from that row of each stored tensor."""
+    words, scales, *zeros = loads
+    return codes.weight_at(k, scheme, words, scales, zeros[0] if zeros else words)
 
 
-class GroupLinear(nn.Module):
+class _Packed(nn.Module):
+    """Holds what is stored of a weight: `q_weight`, `q_scale`, and `q_zero` of affine codes."""
+
+    def __init__(self, weight: ParamSpec, scheme: QuantScheme) -> None:
+        self.shape = weight.shape
+        self.scheme = scheme.of(weight)
+        self.layout = stored_layout(weight, scheme)
+        self._stored = [stored.name.rpartition(".")[2] for stored in stored_params(weight, scheme)]
+        for name, stored in zip(self._stored, stored_params(weight, scheme), strict=True):
+            setattr(self, name, nn.Parameter(stored.shape, stored.dtype))
+
+    @property
+    def packed(self) -> list[Tensor]:
+        return [getattr(self, name) for name in self._stored]
+
+    def dequantized(self) -> Tensor:
+        """The weight in the model dtype."""
+        return dequantize(self.packed, self.shape, self.scheme, self.layout)
+
+
+class GroupLinear(_Packed):
     """y = x W^T + b with W [out, in] packed by `scheme`."""
 
     def __init__(
         self, weight: ParamSpec, scheme: QuantScheme, *, bias: bool, out_dtype: str | None
     ) -> None:
-        words, scales = stored_params(weight, scheme)
-        self.shape = weight.shape
-        self.scheme = scheme
-        self.layout = stored_layout(weight, scheme)
+        super().__init__(weight, scheme)
         self.out_dtype = out_dtype
-        self.q_weight = nn.Parameter(words.shape, words.dtype)
-        self.q_scale = nn.Parameter(scales.shape, scales.dtype)
         self.bias = nn.Parameter((weight.shape[0],), scheme.model_dtype) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [n, in] -> [n, out]."""
-        weight = dequantize(self.q_weight, self.q_scale, self.shape, self.scheme, self.layout)
-        y = matmul_nt(x, weight, self.out_dtype)
+        y = matmul_nt(x, self.dequantized(), self.out_dtype)
         return y if self.bias is None else add_bias(y, self.bias)
 
 
-class GroupEmbedding(nn.Module):
+class GroupEmbedding(_Packed):
     """Rows of a packed W [vocab, hidden]; always in layout "NK" (notes/mlc-format.md)."""
-
-    def __init__(self, weight: ParamSpec, scheme: QuantScheme) -> None:
-        words, scales = stored_params(weight, scheme)
-        self.shape = weight.shape
-        self.scheme = scheme
-        self.q_weight = nn.Parameter(words.shape, words.dtype)
-        self.q_scale = nn.Parameter(scales.shape, scales.dtype)
-
-    def _weight(self) -> Tensor:
-        return dequantize(self.q_weight, self.q_scale, self.shape, self.scheme, "NK")
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids: int32 [n] -> [n, hidden]."""
-        return op.take(self._weight(), ids, axis=0)
+        return op.take(self.dequantized(), ids, axis=0)
 
     def logits(self, x: Tensor) -> Tensor:
         """x: [n, hidden] -> float32 [n, vocab]."""
-        return matmul_nt(x, self._weight(), "float32")
+        return matmul_nt(x, self.dequantized(), "float32")
 
 
-class GroupExperts(nn.Module):
+class GroupExperts(_Packed):
     """As nn.linear.Experts, with W [experts, out, in] packed by `scheme`."""
-
-    def __init__(self, weight: ParamSpec, scheme: QuantScheme) -> None:
-        words, scales = stored_params(weight, scheme)
-        self.shape = weight.shape
-        self.scheme = scheme
-        self.q_weight = nn.Parameter(words.shape, words.dtype)
-        self.q_scale = nn.Parameter(scales.shape, scales.dtype)
 
     def forward(self, x: Tensor, experts: Tensor) -> Tensor:
         """x: [n or n * k, in], experts: int32 [n, k] -> [n * k, out]."""
-        scheme = self.scheme
+        scheme = along(self.scheme, self.shape[-1])
 
         def element(weight: Sequence[te.Tensor], at: Sequence[tirx.Expr]) -> tirx.Expr:
-            words, scales = weight
             *row, k = at
-            word, scale = words[(*row, k // scheme.elems_per_word)], (*row, k // scheme.group_size)
-            return _element(word, scales[scale], k, scheme)
 
-        weight = (self.q_weight, self.q_scale)
-        return expert_linear(x, experts, weight, self.shape, element, scheme.name)
+            def load(tensor: te.Tensor) -> Callable[[tirx.Expr], tirx.Expr]:
+                return lambda i: tensor(*row, i)
+
+            return _element(k, scheme, [load(tensor) for tensor in weight])
+
+        return expert_linear(x, experts, self.packed, self.shape, element, scheme.name)
 
 
 class SchemeLayers:
-    """The `nn.linear.LayerFactory` of a quantisation scheme: policy.py says which weights it
-    packs."""
+    """The `nn.linear.LayerFactory` of a quantisation scheme: policy.py says which weights it packs,
+    the scheme's overrides say how each."""
 
     def __init__(self, scheme: QuantScheme) -> None:
         self.scheme = scheme

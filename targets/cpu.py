@@ -14,6 +14,7 @@ from tvm.target import Target, codegen
 from tvm.tirx import PrimFunc
 
 from mlc_compile.errors import EnvironmentLacksError, InputError
+from mlc_compile.quantization.scheme import QuantScheme
 from mlc_compile.targets.cpu_kernels import (
     attention,
     elementwise,
@@ -31,6 +32,11 @@ from mlc_compile.targets.profile import ExportRequest
 PARALLEL_GRAIN = 8
 
 
+def _transposed_codes(scheme: QuantScheme | None) -> bool:
+    """Whether codes are in layout "KN" that only "NK" has kernels for."""
+    return scheme is not None and scheme.layout == "KN" and scheme.codes != "symmetric"
+
+
 class CPUKernels:
     """`targets.kernels.Kernels` written for LLVM; vectors as wide as the CPU's registers."""
 
@@ -38,7 +44,7 @@ class CPUKernels:
         self.vector_bits = vector_bits
 
     def linear(self, spec: LinearSpec) -> PrimFunc | None:
-        if spec.fused:
+        if spec.fused or _transposed_codes(spec.scheme):
             return None
         return linear.linear_kernel(spec, vector_bits=self.vector_bits, num_cores=PARALLEL_GRAIN)
 

@@ -7,7 +7,7 @@ slowly but correctly. Activations are [n, features]; `rows` is 1 or None, None b
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from mlc_compile.quantization.scheme import QuantScheme
@@ -21,6 +21,25 @@ else:  # TVM is imported only where graphs are built
 FLOATS = ("float32", "float16", "bfloat16")
 
 
+def along(scheme: QuantScheme, k: int) -> QuantScheme:
+    """`scheme` for rows of `k` elements: one scale a row becomes a group as long as the row (filled
+    up to whole words), so that nothing else has to tell the two apart."""
+    return replace(scheme, group_size=scheme.group_of(k), overrides=())
+
+
+def packed_shapes(scheme: QuantScheme, n: int, k: int) -> list[tuple[str, tuple[int, int], str]]:
+    """Name, shape and dtype of the tensors of a packed weight [n, k], in argument order."""
+    found: list[tuple[str, tuple[int, int], str]] = [
+        ("q_weight", (n, scheme.num_words(k)), scheme.storage_dtype),
+        ("q_scale", (n, scheme.num_groups(k)), scheme.model_dtype),
+    ]
+    if scheme.has_zeros:
+        found.append(("q_zero", (n, scheme.num_zero_words(k)), scheme.storage_dtype))
+    if scheme.layout == "KN":
+        return [(name, (width, n), dtype) for name, (_, width), dtype in found]
+    return found
+
+
 @dataclass(frozen=True)
 class LinearSpec:
     """One matmul, y = x W^T with what is fused into it, and the buffers of its kernel.
@@ -32,6 +51,7 @@ class LinearSpec:
     in_features (K), out_features (N): of the weight as the model sees it, without padding.
     scheme: how the weight is packed, None for a plain [N, K] weight. `scheme.layout` is that of
         this weight: `dataclasses.replace(scheme, layout="NK")` for a tied embedding of a "KN" one.
+        What is given is taken `along` K: `scheme.group_size` is never 0.
     weight_dtype: of a plain weight; packed weights are uint32, scales `scheme.model_dtype`.
     bias_dtype: dtype of the bias when `has_bias`; x_dtype when None.
     rows: 1 for the GEMV kernel, None for any number n >= 1 of rows (a symbolic int64).
@@ -63,6 +83,8 @@ class LinearSpec:
             raise ValueError("give either a scheme or a weight_dtype")
         if self.scheme is not None and self.scheme.is_plain:
             raise ValueError(f"{self.scheme.name} packs nothing: give weight_dtype instead")
+        if self.scheme is not None:
+            object.__setattr__(self, "scheme", along(self.scheme, self.in_features))
         if self.rows not in (1, None):
             raise ValueError(f"rows must be 1 or None, not {self.rows}")
         for dtype in (self.x_dtype, self.out_dtype, self.weight_dtype, self.bias_dtype):
@@ -106,13 +128,7 @@ class LinearSpec:
         if self.scheme is None:
             assert self.weight_dtype is not None
             return [("weight", (n, k), self.weight_dtype)]
-        words, groups = (n, self.scheme.num_words(k)), (n, self.scheme.num_groups(k))
-        if self.scheme.layout == "KN":
-            words, groups = (words[1], n), (groups[1], n)
-        return [
-            ("q_weight", words, self.scheme.storage_dtype),
-            ("q_scale", groups, self.scheme.model_dtype),
-        ]
+        return packed_shapes(self.scheme, n, k)
 
 
 @dataclass(frozen=True)
@@ -143,7 +159,8 @@ class ExpertLinearSpec:
     weight_dtype: str | None = None
 
     def __post_init__(self) -> None:
-        self.linear(self.rows)  # refuses dtypes and schemes that it does not know
+        # refuses dtypes and schemes that it does not know
+        object.__setattr__(self, "scheme", self.linear(self.rows).scheme)
         if self.scheme is not None and self.scheme.layout != "NK":
             raise ValueError("experts are packed in layout NK")
         if self.per_token < 1 or self.experts < 1:
@@ -184,7 +201,7 @@ class ExpertLinearSpec:
 class EmbeddingSpec:
     """A table [vocab, hidden], packed by `scheme` (always in layout "NK") or plain in `dtype`.
 
-    dtype: of the output, and of a plain table.
+    scheme: taken `along` the rows. dtype: of the output, and of a plain table.
     rows: 1, or None for any number n >= 1 of ids (a symbolic int64).
     """
 
@@ -193,6 +210,17 @@ class EmbeddingSpec:
     scheme: QuantScheme | None
     dtype: str
     rows: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.scheme is not None:
+            packed = replace(along(self.scheme, self.hidden), layout="NK")
+            object.__setattr__(self, "scheme", packed)
+
+    def table_shapes(self) -> list[tuple[str, tuple[int, int], str]]:
+        """Name, shape and dtype of the table's buffers, in argument order."""
+        if self.scheme is None:
+            return [("weight", (self.vocab, self.hidden), self.dtype)]
+        return packed_shapes(self.scheme, self.vocab, self.hidden)
 
 
 @dataclass(frozen=True)

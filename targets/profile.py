@@ -93,6 +93,8 @@ class TargetProfile:
     variant_dtypes: Callable[[str], tuple[str, ...]] | None = None
     """`dtypes` of a variant where they differ. Raises InputError for a variant that is none."""
     dtypes_hint: str = ""  # what to do about a dtype that is not among them
+    weight_kinds: tuple[str, ...] = ("plain", "symmetric", "per channel", "affine", "e4m3")
+    """What its kernels read: the `kind` of quantisation schemes."""
     features: Mapping[str, str] = field(default_factory=dict)  # dtype or variant -> device feature
     max_binding_bytes: int | None = None  # largest buffer that a kernel may see
     imposed: Mapping[str, int] = field(default_factory=dict)

@@ -27,7 +27,7 @@ from mlc_compile.compiler.opt import OptFlags, parse_opt
 from mlc_compile.compiler.tvm_pair import require_tvm
 from mlc_compile.errors import InputError
 from mlc_compile.models.structure import check_allowed
-from mlc_compile.quantization.policy import stored_params
+from mlc_compile.quantization.policy import is_quantized, stored_params
 from mlc_compile.targets.apple.prefix import check_prefix, derived_prefix
 from mlc_compile.targets.parsing import fast_parsing
 from mlc_compile.targets.profile import ExportRequest, TargetProfile, check_output, get_target
@@ -187,6 +187,14 @@ def check_inputs(
             hint=f"take a scheme of {' or '.join(profile.dtypes)}; see `list quantizations`"
             + (profile.dtypes_hint and f" ({profile.dtypes_hint})"),
         )
+    for spec in inputs.model.parameters():
+        held = inputs.scheme.of(spec)
+        if is_quantized(spec, held) and held.kind not in profile.weight_kinds:
+            raise InputError(
+                f"{spec.name} is held by {held.name}, whose weights ({held.kind}) {profile.name} "
+                "cannot read",
+                hint="take a scheme of another kind; see `list quantizations`",
+            )
     if inputs.config.tensor_parallel_shards > profile.max_shards:
         raise InputError(
             f"tensor_parallel_shards is {inputs.config.tensor_parallel_shards} and a library for "

@@ -14,7 +14,7 @@ from mlc_compile.compiler.memory import MemoryPlan, check_budget, estimate_plan,
 from mlc_compile.config import CompileConfig, resolve_compile_config
 from mlc_compile.errors import InputError
 from mlc_compile.models.spec import Model
-from mlc_compile.quantization.scheme import get_scheme
+from mlc_compile.quantization.scheme import QuantScheme, get_scheme
 from mlc_compile.targets.profile import TargetProfile, get_target
 
 # From the most to the least exact. Every one keeps 16-bit activations; what each costs in quality
@@ -104,7 +104,8 @@ def fit_plan(source: Path, target: str, *, budget: int, overrides: Mapping[str, 
     trained = inputs.model.config.max_position_embeddings
     fixed = {"max_batch_size": 1, **overrides}
     fits = {
-        scheme: _largest(inputs, profile, scheme, fixed, trained, budget) for scheme in PREFERENCE
+        name: _largest(inputs, profile, get_scheme(name), fixed, trained, budget)
+        for name in PREFERENCE
     }
     for context in [c for c in USEFUL_CONTEXTS if c < trained] + [0]:
         wanted = min(context or 1, trained)
@@ -117,7 +118,7 @@ def fit_plan(source: Path, target: str, *, budget: int, overrides: Mapping[str, 
                     choice,
                     {s: c.config.kv_tokens if c else 0 for s, c in fits.items()},
                 )
-    least = _choice(inputs.model, profile, PREFERENCE[-1], fixed, PAGE)
+    least = _choice(inputs.model, profile, get_scheme(PREFERENCE[-1]), fixed, PAGE)
     raise InputError(
         f"no scheme fits {format_bytes(budget)}: the smallest, {least.scheme}, needs "
         f"{format_bytes(least.plan.total)} for {PAGE} tokens (weights "
@@ -140,7 +141,7 @@ def check_fits(
 
 def what_fits(inputs: CompileInputs, profile: TargetProfile, budget: int) -> str:
     """The largest context of this scheme and of each less exact one, in words."""
-    own, config, trained = inputs.scheme.name, inputs.config, inputs.model.config
+    own, config, trained = inputs.scheme, inputs.config, inputs.model.config
     fixed = {
         "max_batch_size": config.max_batch_size,
         "prefill_chunk_size": config.prefill_chunk_size,
@@ -148,14 +149,15 @@ def what_fits(inputs: CompileInputs, profile: TargetProfile, budget: int) -> str
     }
     found = []
     # The scheme as it is, then those below it; a scheme that is not in PREFERENCE has them all.
-    below = PREFERENCE[PREFERENCE.index(own) + 1 :] if own in PREFERENCE else PREFERENCE
-    for scheme in (own, *below):
+    below = PREFERENCE[PREFERENCE.index(own.name) + 1 :] if own.name in PREFERENCE else PREFERENCE
+    schemes = [own, *map(get_scheme, below)]
+    for scheme in schemes:
         choice = _largest(inputs, profile, scheme, fixed, trained.max_position_embeddings, budget)
         if choice is not None:
             found.append(f"{scheme} with a context of {choice.config.kv_tokens}")
     if found:
         return f"what fits: {', or '.join(found)} tokens"
-    least = _choice(inputs.model, profile, (own, *below)[-1], fixed, PAGE)
+    least = _choice(inputs.model, profile, schemes[-1], fixed, PAGE)
     return (
         f"nothing fits: {least.scheme} with a context of {PAGE} tokens needs "
         f"{format_bytes(least.plan.total)}; take a smaller model"
@@ -176,14 +178,14 @@ def largest_context(
         "tensor_parallel_shards": config.tensor_parallel_shards,
     }
     limit = max(config.context_window_size, config.sliding_window_size)
-    choice = _largest(inputs, profile, inputs.scheme.name, fixed, limit, budget)
+    choice = _largest(inputs, profile, inputs.scheme, fixed, limit, budget)
     return None if choice is None else choice.config
 
 
 def _largest(
     inputs: CompileInputs,
     profile: TargetProfile,
-    scheme: str,
+    scheme: QuantScheme,
     fixed: Mapping[str, int],
     trained: int,
     budget: int,
@@ -207,7 +209,7 @@ def _largest(
 def _choice(
     model: Model,
     profile: TargetProfile,
-    scheme: str,
+    scheme: QuantScheme,
     fixed: Mapping[str, int],
     context: int | None,
 ) -> Choice:
@@ -218,8 +220,8 @@ def _choice(
         if chunk is not None:
             sizes["prefill_chunk_size"] = min(chunk, context)
     config = resolve_compile_config(model.config, target_defaults=profile.compile_defaults, **sizes)
-    plan = estimate_plan(model, get_scheme(scheme), config, profile)
-    return Choice(scheme, config, plan)
+    plan = estimate_plan(model, scheme, config, profile)
+    return Choice(str(scheme), config, plan)
 
 
 def _window_words(config: CompileConfig) -> str:

@@ -12,6 +12,7 @@ from mlc_compile.config import CompileConfig, resolve_compile_config
 from mlc_compile.errors import InputError
 from mlc_compile.models.spec import Model
 from mlc_compile.models.structure import declared_model, identify
+from mlc_compile.quantization.policy import with_overrides
 from mlc_compile.quantization.scheme import QuantScheme, get_scheme
 from mlc_compile.targets.profile import TargetProfile
 
@@ -47,7 +48,7 @@ def load_inputs(
     config = _resolve(model, sizes, {**profile.imposed, **overrides})
     return CompileInputs(
         model=model,
-        scheme=get_scheme(chat.quantization),
+        scheme=chat.scheme(model),
         config=replace(config, notes=(*notes, *config.notes)),
         active_vocab_size=int(chat.raw.get("active_vocab_size") or model.config.vocab_size),
     )
@@ -59,20 +60,21 @@ def load_plan_inputs(
     quantization: str | None,
     overrides: Mapping[str, int],
     model_type: str = "auto",
+    held_otherwise: str = "",
 ) -> CompileInputs:
     """As load_inputs, and from a checkpoint too, whose scheme then is `quantization`, and whose
-    architecture `model_type` may name.
+    architecture `model_type` may name. held_otherwise: overrides of the scheme, in place of the
+    configuration's.
 
     Raises:
         InputError: as load_inputs; a checkpoint without a scheme.
     """
     if source.name == FILE_NAME or (source / FILE_NAME).is_file():
         inputs = load_inputs(source, profile, overrides)
-        if quantization is None:
+        if quantization is None and not held_otherwise:
             return inputs
-        return CompileInputs(
-            inputs.model, get_scheme(quantization), inputs.config, inputs.active_vocab_size
-        )
+        scheme = inputs.scheme if quantization is None else get_scheme(quantization)
+        return replace(inputs, scheme=with_overrides(scheme, held_otherwise, inputs.model))
     from mlc_compile.weights.checkpoint import open_checkpoint
 
     if quantization is None:
@@ -92,7 +94,8 @@ def load_plan_inputs(
         target_defaults=profile.compile_defaults,
         **{**profile.imposed, **overrides},
     )
-    return CompileInputs(model, get_scheme(quantization), config, model.config.vocab_size)
+    scheme = with_overrides(get_scheme(quantization), held_otherwise, model)
+    return CompileInputs(model, scheme, config, model.config.vocab_size)
 
 
 def _resolve(model: Model, sizes: Mapping[str, int], overrides: Mapping[str, int]) -> CompileConfig:

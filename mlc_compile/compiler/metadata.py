@@ -10,6 +10,7 @@ from dataclasses import asdict
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
+from mlc_compile.chat_config import OVERRIDES_KEY
 from mlc_compile.compiler.memory import MemoryPlan
 from mlc_compile.config import CompileConfig
 from mlc_compile.manifest import CHAT_TASKS, interface_id, parameter_schema_id
@@ -51,6 +52,7 @@ def build_metadata(
     return {
         "model_type": model.arch.name,
         "quantization": scheme.name,
+        **({OVERRIDES_KEY: scheme.overrides_json()} if scheme.overrides else {}),
         "context_window_size": config.context_window_size,
         "sliding_window_size": config.sliding_window_size,
         "attention_sink_size": config.attention_sink_size,
@@ -111,6 +113,7 @@ def config_fingerprint(model: Model, scheme: QuantScheme) -> str:
     """sha256 over everything that fixes the graph's shapes and numbers, window sizes apart."""
     numbers = {
         "scheme": scheme.name,
+        **({"overrides": scheme.overrides_json()} if scheme.overrides else {}),
         **{k: v for k, v in asdict(model.config).items() if k != "raw"},
         "structure": repr(model.arch.structure),
     }

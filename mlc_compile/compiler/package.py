@@ -346,7 +346,7 @@ def _check_parameters(entry: Entry, inputs: CompileInputs) -> None:
     if manifest.get("parameter_schema_id") != wanted:
         raise InputError(
             f"{entry.where}: the parameters in {entry.source} are not those of its configuration",
-            hint="run convert_weight and gen_config with the same --quantization",
+            hint="run convert_weight and gen_config with the same --quantization and --override",
         )
     for file in manifest["files"]:
         path = entry.source / file["name"]

@@ -14,6 +14,7 @@ from mlc_compile.quantization.scheme import QuantScheme
 from mlc_compile.targets.cpu_kernels import _vector as vec
 from mlc_compile.targets.cpu_kernels._gemm import STEP, Blocking, emit_group
 from mlc_compile.targets.cpu_kernels._gemv import block_start
+from mlc_compile.targets.cpu_kernels._packed import Groups, words_of_run
 from mlc_compile.targets.cpu_kernels._vector import Buffer, Expr
 
 CHUNK = 128
@@ -39,7 +40,12 @@ class Chunks:
         else:
             self._units, self._per_unit = scheme.num_words(k), scheme.elems_per_word
             group = scheme.words_per_group
-            unit = max(lanes, group) if lanes % group == 0 or group % lanes == 0 else group
+            if words_of_run(scheme, self._units, lanes) is None:
+                unit = group
+            elif group >= self._units:
+                unit = lanes
+            else:
+                unit = max(lanes, group)
         wanted = max(CHUNK // (unit * self._per_unit), 1) * unit
         self._chunk = min(wanted, self._units)  # words, or elements of a plain weight
         self.count, self.depth = -(-self._units // self._chunk), self._chunk * self._per_unit
@@ -81,18 +87,23 @@ class Chunks:
         offset: Expr,
         scheme: QuantScheme,
     ) -> None:
-        q_weight, q_scale = weight
+        q_weight, groups = weight[0], Groups(weight, scheme)
         lanes, per_group = self.block.lanes, scheme.words_per_group
+        run = words_of_run(scheme, self._units, lanes)
 
-        def group(word: Expr, words: Callable[[Expr], Expr]) -> None:
-            scales = tirx.floordiv(start + word, vec.i64(per_group))
-            scale = vec.load_float_rows(q_scale, first, scales, lanes)
-            emit_group(words, scale, tile, (word, offset), scheme, lanes)
+        def unpack_run(word: Expr, count: int, words: Callable[[Expr], Expr]) -> None:
+            group = vec.bind(tirx.floordiv(start + word, vec.i64(per_group)))
+            scale, zero = groups.of_rows(first, group, lanes)
+            emit_group(words, count, scale, zero, tile, (word, offset), scheme, lanes)
 
-        if self._chunk % lanes or lanes % per_group:
+        if run is None or self._chunk % lanes:
             with vec.serial(self._chunk // per_group) as g:
                 word = vec.bind(g * vec.i64(per_group))
-                group(word, lambda w: vec.load_rows(q_weight, first, start + word + w, lanes))
+                unpack_run(
+                    word,
+                    per_group,
+                    lambda w: vec.load_rows(q_weight, first, start + word + w, lanes),
+                )
             return
         square = vec.buffer((lanes, lanes), "uint32")
         with vec.serial(self._chunk // lanes) as i:
@@ -107,9 +118,9 @@ class Chunks:
             ]
             for r, value in enumerate(vec.transpose(rows, lanes)):
                 vec.store(square, [r, 0], value, lanes)
-            with vec.serial(lanes // per_group) as g:
-                at = vec.bind(g * vec.i64(per_group))
-                group(begin + at, lambda w: vec.load(square, [at + w, 0], lanes))
+            with vec.serial(lanes // run) as g:
+                at = vec.bind(g * vec.i64(run))
+                unpack_run(begin + at, run, lambda w: vec.load(square, [at + w, 0], lanes))
 
     def multiply(
         self,

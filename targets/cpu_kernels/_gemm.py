@@ -22,7 +22,7 @@ from tvm.tirx.script.builder import ir as T
 from mlc_compile.quantization.scheme import QuantScheme
 from mlc_compile.targets.cpu_kernels import _vector as vec
 from mlc_compile.targets.cpu_kernels._gemv import block_start
-from mlc_compile.targets.cpu_kernels._packed import fields, unpack
+from mlc_compile.targets.cpu_kernels._packed import Groups, places, unpack, words_of_run
 from mlc_compile.targets.cpu_kernels._vector import F32, Buffer, Expr
 
 STEP = 4  # elements of K per step of the micro-kernel
@@ -96,8 +96,7 @@ def pack_panel(
 
 
 def _tile_packed_nk(
-    q_weight: Buffer,
-    q_scale: Buffer,
+    weight: tuple[Buffer, ...],
     tile: Buffer,
     column: Expr,
     k: int,
@@ -107,84 +106,82 @@ def _tile_packed_nk(
     """Rows column.. of the packed weight -> tile[:, :] in float32, transposed square by square."""
     lanes, per_group = block.lanes, scheme.words_per_group
     words = scheme.num_words(k)
+    q_weight, groups = weight[0], Groups(weight, scheme)
+    run = words_of_run(scheme, words, lanes)
 
     with vec.serial(block.vectors) as v:
         first = vec.bind(column + v * vec.i64(lanes))
         offset = vec.bind(v * vec.i64(lanes))
 
-        # Squares begin and end at a group boundary; a last one that would overhang is moved back.
-        if lanes % per_group == 0 and words >= lanes:
+        def unpack_run(word: Expr, count: int, words: Callable[[Expr], Expr]) -> None:
+            group = vec.bind(tirx.floordiv(word, vec.i64(per_group)))
+            scale, zero = groups.of_rows(first, group, lanes)
+            emit_group(words, count, scale, zero, tile, (word, offset), scheme, lanes)
+
+        # Squares begin and end where runs do; a last one that would overhang is moved back.
+        if run is not None:
             square = vec.buffer((lanes, lanes), "uint32")
             with vec.serial(-(-words // lanes)) as chunk:
                 start = block_start(chunk, lanes, words)
-                done = vec.bind(tirx.floordiv(chunk * vec.i64(lanes) - start, vec.i64(per_group)))
+                done = vec.bind(tirx.floordiv(chunk * vec.i64(lanes) - start, vec.i64(run)))
                 rows = [
                     vec.bind(vec.load(q_weight, [first + vec.i64(r), start], lanes))
                     for r in range(lanes)
                 ]
                 for r, value in enumerate(vec.transpose(rows, lanes)):
                     vec.store(square, [r, 0], value, lanes)
-                with vec.serial(vec.i64(lanes // per_group) - done) as g:
-                    at = vec.bind((g + done) * vec.i64(per_group))
-                    group = tirx.floordiv(start + at, vec.i64(per_group))
-                    scale = vec.load_float_rows(q_scale, first, group, lanes)
+                with vec.serial(vec.i64(lanes // run) - done) as g:
+                    at = vec.bind((g + done) * vec.i64(run))
 
                     def word_of(w: Expr, at: Expr = at) -> Expr:
                         return vec.load(square, [at + w, 0], lanes)
 
-                    emit_group(
-                        word_of,
-                        scale,
-                        tile,
-                        (start + at, offset),
-                        scheme,
-                        lanes,
-                    )
+                    unpack_run(vec.bind(start + at), run, word_of)
         else:
             with vec.serial(words // per_group) as group:
                 word = vec.bind(group * vec.i64(per_group))
-                emit_group(
-                    lambda w: vec.load_rows(q_weight, first, word + w, lanes),
-                    vec.load_float_rows(q_scale, first, group, lanes),
-                    tile,
-                    (word, offset),
-                    scheme,
-                    lanes,
+                unpack_run(
+                    word, per_group, lambda w: vec.load_rows(q_weight, first, word + w, lanes)
                 )
 
 
 def emit_group(
     words: Callable[[Expr], Expr],
+    count: int,
     scale: Expr,
+    zero: Expr | None,
     tile: Buffer,
     at: tuple[Expr, Expr],
     scheme: QuantScheme,
     lanes: int,
 ) -> None:
-    """Unpack one group of words, vectors along N, into the tile from (word, column) `at` on."""
+    """Unpack `count` words of one group, vectors along N, into the tile from (word, column) `at`
+    on."""
     word, offset = at
     scale = vec.bind(scale)
+    zero = None if zero is None else vec.bind(zero)
     scales = {
         position: vec.bind(scale * vec.const(2.0**-position, F32, lanes))
-        for position in sorted({field.position for field in fields(scheme.bits)})
+        for position in sorted({field.position for field in places(scheme)})
     }
-    with vec.serial(scheme.words_per_group) as w:
+    with vec.serial(count) as w:
         row = vec.bind((word + w) * vec.i64(scheme.elems_per_word))
-        for field, weight in unpack(words(w), scheme, lanes):
+        for field, weight in unpack(words(w), scheme, lanes, zero):
             scaled = weight * scales[field.position]
             vec.store(tile, [row + vec.i64(field.element), offset], scaled, lanes)
 
 
 def _tile_packed_kn(
-    q_weight: Buffer,
-    q_scale: Buffer,
+    weight: tuple[Buffer, ...],
     tile: Buffer,
     column: Expr,
     k: int,
     scheme: QuantScheme,
     block: Blocking,
 ) -> None:
-    """Columns column.. of the packed weight, stored [words, N] -> tile[:, :] in float32."""
+    """Columns column.. of the packed weight, stored [words, N] -> tile[:, :] in float32. Codes are
+    symmetric."""
+    q_weight, q_scale = weight
     lanes, per_group = block.lanes, scheme.words_per_group
     with vec.serial(scheme.num_groups(k)) as group, vec.serial(block.vectors) as v:
         offset = vec.bind(v * vec.i64(lanes))
@@ -192,7 +189,9 @@ def _tile_packed_kn(
         word = vec.bind(group * vec.i64(per_group))
         emit_group(
             lambda w: vec.load(q_weight, [word + w, first], lanes),
+            per_group,
             vec.load_float(q_scale, [group, first], lanes),
+            None,
             tile,
             (word, offset),
             scheme,
@@ -250,9 +249,9 @@ def fill_tile(
     if scheme is None:
         _tile_plain_nk(weight[0], tile, column, k, padded, block)
     elif scheme.layout == "NK":
-        _tile_packed_nk(weight[0], weight[1], tile, column, k, scheme, block)
+        _tile_packed_nk(weight, tile, column, k, scheme, block)
     else:
-        _tile_packed_kn(weight[0], weight[1], tile, column, k, scheme, block)
+        _tile_packed_kn(weight, tile, column, k, scheme, block)
 
 
 def multiply(

@@ -3,9 +3,10 @@
 - The activations are rearranged once per call to the order in which vectors of packed words deliver
   their elements: lane i of a vector is word i, and field j of all lanes meets as many activations
   side by side.
-- A word's sum is sum(q * x) - M * sum(x). The second term does not depend on the weight row: it is
-  prepared once and is where each sum starts, so no field needs a subtraction. The sums are short
-  (one word), which keeps the float32 error at that of the direct form, within a factor of two.
+- A word's sum is sum(q * x) - zero * sum(x). The second term's sum does not depend on the weight
+  row: it is prepared once, with a constant zero point, and is where each sum starts, so no field
+  needs a subtraction. The sums are short (one word), which keeps the float32 error at that of the
+  direct form, within a factor of two.
 - The scale is applied once per word, to that sum.
 - Several weight rows are in flight, so that loads, conversions and the chains of additions overlap
   and every activation vector is loaded once for all of them.
@@ -20,8 +21,9 @@ from __future__ import annotations
 from tvm import tirx
 
 from mlc_compile.quantization.scheme import QuantScheme
+from mlc_compile.targets.codes import constant_zero
 from mlc_compile.targets.cpu_kernels import _vector as vec
-from mlc_compile.targets.cpu_kernels._packed import raw_fields, unpack_raw, word_lanes
+from mlc_compile.targets.cpu_kernels._packed import Groups, raw_places, unpack_raw, word_lanes
 from mlc_compile.targets.cpu_kernels._vector import F32, Buffer, Expr
 
 ROWS = 4  # weight rows in flight
@@ -64,7 +66,8 @@ def by_field(
 ) -> None:
     """The staged activations in the order of `unpack_raw`, to `into` from `base` on.
 
-    For every vector of words: one vector per field, times 2^-position, then one of -M * sum(x).
+    For every vector of words: one vector per field, times 2^-position, then one of -zero * sum(x),
+    where zero points are of each group -sum(x).
     """
     per_word = scheme.elems_per_word
 
@@ -72,13 +75,14 @@ def by_field(
         source = vec.bind(word * vec.i64(per_word))
         target = vec.bind(_after(base, word * vec.i64(per_word + 1)))
         total = None
-        for field in raw_fields(scheme.bits):
+        for field in raw_places(scheme):
             at = source + vec.i64(field.element)
             value = vec.bind(vec.load(staged, [at], width, per_word))
             total = value if total is None else vec.bind(total + value)
             value = value * vec.const(field.descale, F32, width)
             vec.store(into, [target + vec.i64(field.element * width)], value, width)
-        total = total * vec.const(-float(scheme.max_int), F32, width)
+        zero = constant_zero(scheme)
+        total = total * vec.const(-1.0 if zero is None else -float(zero), F32, width)
         vec.store(into, [target + vec.i64(per_word * width)], total, width)
 
     if words >= lanes:
@@ -100,19 +104,6 @@ def _ordered(staged: Buffer, scheme: QuantScheme, words: int, lanes: int) -> Buf
     ordered = vec.buffer((slots(scheme, words),), F32)
     by_field(staged, scheme, words, lanes, ordered, None)
     return ordered
-
-
-def _row_scales(q_scale: Buffer, row: Expr, word: Expr, scheme: QuantScheme, lanes: int) -> Expr:
-    """The scale of each of `lanes` words of one row, from `word` on."""
-    group = scheme.words_per_group
-    first = tirx.floordiv(word, vec.i64(group))
-    if lanes <= group:
-        return vec.splat(vec.load_float(q_scale, [row, first], 1), lanes)
-    count = lanes // group
-    scales = vec.load_float(q_scale, [row, first], count)
-    if group == 1:
-        return scales
-    return vec.shuffle([scales], [lane // group for lane in range(lanes)])
 
 
 def finish(
@@ -138,8 +129,7 @@ def finish(
 def packed_sums(
     ordered: Buffer,
     base: Expr | None,
-    q_weight: Buffer,
-    q_scale: Buffer,
+    weight: tuple[Buffer, ...],
     row: Expr,
     *,
     rows: int,
@@ -149,6 +139,8 @@ def packed_sums(
 ) -> list[Expr]:
     """The products of `rows` weight rows from `row` on with what `by_field` put at `base` of
     `ordered`: a vector for each, whose lanes are still to be added."""
+    q_weight, q_scale, *_ = weight
+    groups, zero = Groups(weight, scheme), constant_zero(scheme)
     per_word = scheme.elems_per_word
     ahead = -(-AHEAD // (4 * words * rows)) * rows  # AHEAD in whole blocks of rows
     sums = vec.accumulators(rows, lanes)
@@ -173,15 +165,20 @@ def packed_sums(
         for batch in batches:
             parts = [vec.load(q_weight, [row + vec.i64(r), word], width) for r in batch]
             streams.append(unpack_raw(vec.concat(parts, width), scheme, full))
-        partial = [activations(per_word)] * len(batches)
-        for field in raw_fields(scheme.bits):
+        per_row = [groups.of_words(row + vec.i64(r), word, width) for r in range(rows)]
+        start = vec.const(0.0, F32, full) if zero == 0 else activations(per_word)
+        partial = [start] * len(batches)
+        if zero is None:
+            zeros = [vec.concat([per_row[r][1] for r in batch], width) for batch in batches]
+            partial = [vec.bind(start * each) for each in zeros]
+        for field in raw_places(scheme):
             activation = activations(field.element)
             partial = [
                 vec.bind(value + next(stream)[1] * activation)
                 for value, stream in zip(partial, streams, strict=True)
             ]
         for batch, value in zip(batches, partial, strict=True):
-            parts = [_row_scales(q_scale, row + vec.i64(r), word, scheme, width) for r in batch]
+            parts = [per_row[r][0] for r in batch]
             scaled = vec.bind(value * vec.concat(parts, width))
             for i, r in enumerate(batch):
                 part = vec.widen(scaled, full, i * width, width, lanes)
@@ -197,8 +194,7 @@ def packed_sums(
 
 def packed_nk(
     x: Buffer,
-    q_weight: Buffer,
-    q_scale: Buffer,
+    weight: tuple[Buffer, ...],
     bias: Buffer | None,
     out: Buffer,
     *,
@@ -206,10 +202,10 @@ def packed_nk(
     scheme: QuantScheme,
     lanes: int,
 ) -> None:
-    """x [1, K], q_weight [N, words], q_scale [N, groups] -> out [1, N]; shape is (N, K)."""
+    """x [1, K], a weight packed in layout "NK" -> out [1, N]; shape is (N, K)."""
     n, k = shape
     words = scheme.num_words(k)
-    lanes = word_lanes(scheme, lanes)
+    lanes = word_lanes(scheme, lanes, words)
     staged = _staged(x, k, words * scheme.elems_per_word, lanes)
     ordered = _ordered(staged, scheme, words, lanes)
     rows = min(ROWS, n)
@@ -218,8 +214,7 @@ def packed_nk(
         sums = packed_sums(
             ordered,
             None,
-            q_weight,
-            q_scale,
+            weight,
             row,
             rows=rows,
             words=words,
@@ -299,7 +294,8 @@ def packed_kn(
     lanes: int,
     num_cores: int,
 ) -> None:
-    """x [1, K], q_weight [words, N], q_scale [groups, N] -> out [1, N]; lanes run along N."""
+    """x [1, K], q_weight [words, N], q_scale [groups, N] -> out [1, N]; lanes run along N. Codes
+    are symmetric."""
     n, k = shape
     words = scheme.num_words(k)
     per_word, per_group = scheme.elems_per_word, scheme.words_per_group
@@ -340,7 +336,7 @@ def packed_kn(
                     vec.prefetch(q_weight, [word + vec.i64(ahead), at])
                     streams.append(unpack_raw(vec.load(q_weight, [word, at], lanes), scheme, lanes))
                     vec.put(partial, vec.get(partial, lanes) + start, lanes)
-                for field in raw_fields(scheme.bits):
+                for field in raw_places(scheme):
                     activation = activations(field.element)
                     for partial, stream in zip(partials, streams, strict=True):
                         term = next(stream)[1] * activation

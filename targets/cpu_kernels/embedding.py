@@ -1,8 +1,9 @@
 """Rows of a packed or plain embedding table on the CPU, as a TIR PrimFunc.
 
 Lanes are the elements of one word, each shifted down by its own amount; a row is short, so this
-needs no rearrangement. The result is (q - M) * scale in float32, rounded once to the model dtype,
-which is what the format's own arithmetic in the model dtype gives (quantization/group.py).
+needs no rearrangement. The result is (number - zero) * scale (targets/codes.py) in float32, rounded
+once to the model dtype, which is what the format's own arithmetic in the model dtype gives
+(quantization/group.py).
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
+from mlc_compile.targets import codes
 from mlc_compile.targets.cpu_kernels import _vector as vec
+from mlc_compile.targets.cpu_kernels._packed import Groups
 from mlc_compile.targets.cpu_kernels._vector import Expr
 from mlc_compile.targets.kernels import EmbeddingSpec
 
@@ -20,7 +23,7 @@ PARALLEL_ELEMENTS = 1 << 15
 
 
 def embedding_kernel(spec: EmbeddingSpec, *, vector_bits: int) -> tirx.PrimFunc:
-    """(ids int32 [n], q_weight [vocab, words], q_scale [vocab, groups] | weight, out [n, hidden]).
+    """(ids int32 [n], the table's buffers, out [n, hidden]).
 
     Ids must be in 0..vocab-1; they are not checked, as in any gather on this path.
     """
@@ -31,13 +34,8 @@ def embedding_kernel(spec: EmbeddingSpec, *, vector_bits: int) -> tirx.PrimFunc:
         T.func_attr({"tirx.noalias": True, "tirx.is_scheduled": True})
         rows = vec.i64(1) if spec.rows == 1 else T.int64()
         ids = vec.argument("ids", (rows,), "int32")
-        if scheme is None:
-            table = vec.argument("weight", (spec.vocab, hidden), spec.dtype)
-        else:
-            shape = (spec.vocab, scheme.num_words(hidden))
-            table = vec.argument("q_weight", shape, scheme.storage_dtype)
-            shape = (spec.vocab, scheme.num_groups(hidden))
-            scales = vec.argument("q_scale", shape, scheme.model_dtype)
+        buffers = tuple(vec.argument(*entry) for entry in spec.table_shapes())
+        table = buffers[0]
         out = vec.argument("out", (rows, hidden), spec.dtype)
 
         def copy(row: Expr) -> None:
@@ -54,18 +52,20 @@ def embedding_kernel(spec: EmbeddingSpec, *, vector_bits: int) -> tirx.PrimFunc:
         def unpack(row: Expr) -> None:
             assert scheme is not None
             source = vec.bind(vec.cast(vec.load(ids, [row], 1), "int64", 1))
-            per_word, per_group = scheme.elems_per_word, scheme.words_per_group
+            per_word = scheme.elems_per_word
             step = tirx.Ramp(tirx.const(0, "int32"), tirx.const(scheme.bits, "int32"), per_word)
             shifts = vec.cast(step, "uint32", per_word)
-            mask = vec.const((1 << scheme.bits) - 1, "uint32", per_word)
-            zero = vec.const(scheme.max_int, "int32", per_word)
+            groups, constant = Groups(buffers, scheme), codes.constant_zero(scheme)
 
-            def emit(word: Expr, group: Expr, width: int) -> None:
+            def emit(word: Expr, width: int) -> None:
                 packed = vec.splat(vec.load(table, [source, word], 1), per_word)
-                field = tirx.bitwise_and(tirx.shift_right(packed, shifts), mask)
-                value = vec.cast(vec.cast(field, "int32", per_word) - zero, vec.F32, per_word)
-                scale = vec.load_float(scales, [source, group], 1)
-                value = vec.bind(value * vec.splat(scale, per_word))
+                value = codes.number(packed, shifts, scheme, vec.bind)
+                scale, zero = groups.of_words(source, word, 1)
+                if zero is None:
+                    assert constant is not None
+                    zero = vec.const(float(constant), vec.F32, 1)
+                value = (value - vec.splat(zero, per_word)) * vec.splat(scale, per_word)
+                value = vec.bind(value)
                 at = word * vec.i64(per_word)
                 if width == per_word:
                     vec.store_float(out, [row, at], value, per_word)
@@ -75,9 +75,9 @@ def embedding_kernel(spec: EmbeddingSpec, *, vector_bits: int) -> tirx.PrimFunc:
 
             full = hidden // per_word
             with vec.serial(full) as word:
-                emit(word, tirx.floordiv(word, vec.i64(per_group)), per_word)
+                emit(word, per_word)
             if hidden % per_word:
-                emit(vec.i64(full), vec.i64(full // per_group), hidden % per_word)
+                emit(vec.i64(full), hidden % per_word)
 
         one = copy if scheme is None else unpack
         if spec.rows == 1:

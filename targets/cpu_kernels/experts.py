@@ -98,7 +98,7 @@ def _gemvs(spec: ExpertLinearSpec, operands: _Operands, groups: _Groups | None, 
         with vec.serial(operands.x_rows) as row:
             _gemv.stage(operands.x, row, k, k, lanes, staged, row * vec.i64(width))
     else:
-        lanes, x_lanes = word_lanes(scheme, lanes), lanes
+        lanes, x_lanes = word_lanes(scheme, lanes, words), lanes
         width, padded = _gemv.slots(scheme, words), words * scheme.elems_per_word
         staged = vec.buffer((most * vec.i64(width),), F32)
         one = vec.buffer((padded,), F32)
@@ -112,9 +112,8 @@ def _gemvs(spec: ExpertLinearSpec, operands: _Operands, groups: _Groups | None, 
             (weight,) = operands.weight
             sums = _gemv.plain_sums(staged, base, weight, row, rows=rows, k=k, lanes=lanes)
         else:
-            q_weight, q_scale = operands.weight
             sizes = {"rows": rows, "words": words, "lanes": lanes}
-            sums = _gemv.packed_sums(staged, base, q_weight, q_scale, row, scheme=scheme, **sizes)
+            sums = _gemv.packed_sums(staged, base, operands.weight, row, scheme=scheme, **sizes)
         _gemv.finish(sums, lanes, column, None, operands.out, pair)
 
     if groups is None:

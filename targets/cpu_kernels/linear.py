@@ -4,7 +4,7 @@ Notable features
 - One entry, `linear_kernel(spec)`: GEMV kernels for one row (`_gemv.py`), a tiled GEMM for any
   number of rows (`_gemm.py`). Both unpack words on the fly; the weight is never materialised.
 - Accumulation is always float32 and no activation is rounded: the result is that of the dequantised
-  weight (q - M) * scale in float32, up to float32 rounding of the sums.
+  weight (number - zero) * scale (targets/codes.py) in float32, up to float32 rounding of the sums.
 - Any N and K: K is padded to whole groups as the format says, a last block of columns overlaps the
   one before.
 - A GEMV kernel opens one parallel region, the GEMM kernel two (packing x, then the tiles); packing
@@ -24,7 +24,7 @@ from mlc_compile.targets.kernels import LinearSpec
 
 
 def linear_kernel(spec: LinearSpec, *, vector_bits: int, num_cores: int) -> tirx.PrimFunc:
-    """The kernel for `spec`: (x [n, K], q_weight, q_scale | weight, [bias [N]], out [n, N]).
+    """The kernel for `spec`: (x [n, K], weight's buffers, [bias [N]], out [n, N]).
 
     vector_bits: widest vector registers of the target (512, 256 or 128).
     num_cores: threads that will share the work.
@@ -58,10 +58,7 @@ def linear_kernel(spec: LinearSpec, *, vector_bits: int, num_cores: int) -> tirx
         elif scheme is None:
             _gemv.plain_nk(x, weight[0], bias, out, shape=shape, lanes=lanes)
         elif scheme.layout == "NK":
-            q_weight, q_scale = weight
-            _gemv.packed_nk(
-                x, q_weight, q_scale, bias, out, shape=shape, scheme=scheme, lanes=lanes
-            )
+            _gemv.packed_nk(x, weight, bias, out, shape=shape, scheme=scheme, lanes=lanes)
         else:
             q_weight, q_scale = weight
             _gemv.packed_kn(

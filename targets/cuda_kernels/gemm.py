@@ -65,7 +65,7 @@ _PACKED = {
         "Q8", 16, (((1, 16), (1, 16), (2, 16), (2, 8)), ((1, 16), (2, 16), (2, 8), (4, 8)))
     ),
 }
-"""By bits and group size; scales and x are float16."""
+"""By bits and group size; codes are symmetric, scales and x float16."""
 _PLAIN = {
     "float16": _Format("Plain<half>", 8, _PLAIN_CUTS, scaled=False),
     "bfloat16": _Format("Plain<__nv_bfloat16>", 8, _PLAIN_CUTS, scaled=False, minimum=80),
@@ -222,6 +222,8 @@ def find_format(spec: LinearSpec) -> _Format | None:
         same = spec.weight_dtype == spec.x_dtype
         return _PLAIN.get(spec.x_dtype) if same else None
     if scheme.layout != "NK" or {scheme.model_dtype, spec.x_dtype} != {"float16"}:
+        return None
+    if scheme.codes != "symmetric":
         return None
     return _PACKED.get((scheme.bits, scheme.group_size))
 

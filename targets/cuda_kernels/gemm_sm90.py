@@ -68,7 +68,8 @@ ONE_SMALL, TWO_SMALL, ONE_LARGE = 33, 55, 54
 
 def supports(spec: LinearSpec) -> bool:
     """Whether `emit_gemm` has kernels for `spec`: float16, also packed in 4 or 8 bits, and
-    bfloat16, also packed in 4 bits; outputs of x's dtype or float32; groups of 32 fill K."""
+    bfloat16, also packed in 4 bits, symmetric; outputs of x's dtype or float32; groups of 32 fill
+    K."""
     if spec.x_dtype not in ("float16", "bfloat16") or spec.in_features % 32 != 0:
         return False
     if spec.norm_eps is not None or spec.activation is not None:
@@ -83,6 +84,7 @@ def supports(spec: LinearSpec) -> bool:
     bits = (4, 8) if spec.x_dtype == "float16" else (4,)
     return (
         scheme.layout == "NK"
+        and scheme.codes == "symmetric"
         and scheme.model_dtype == spec.x_dtype
         and scheme.bits in bits
         and scheme.group_size == 32

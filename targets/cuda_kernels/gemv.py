@@ -51,7 +51,7 @@ _PACKED = {
     (4, 32, "float32"): Format("packed4_float32", 32, 4, scale_bytes=64),
     (8, 32, "float32"): Format("packed8_float32", 16, 4, scale_bytes=32),
 }
-"""By bits, group size and dtype of the scales and of x."""
+"""By bits, group size and dtype of the scales and of x; codes are symmetric."""
 _PLAIN = {
     "float16": Format("float16", 8),
     "bfloat16": Format("bfloat16", 8, minimum=80),
@@ -186,6 +186,8 @@ def find_format(spec: LinearSpec) -> Format | None:
         # Rows of whole vectors, so that each begins at a multiple of 16 bytes.
         return form if form and same and spec.in_features % form.piece == 0 else None
     if scheme.layout != "NK" or scheme.model_dtype != spec.x_dtype:
+        return None
+    if scheme.codes != "symmetric":
         return None
     return _PACKED.get((scheme.bits, scheme.group_size, scheme.model_dtype))
 

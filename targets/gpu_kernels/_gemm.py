@@ -15,6 +15,7 @@ from typing import Protocol
 from tvm import tirx
 
 from mlc_compile.quantization.scheme import QuantScheme
+from mlc_compile.targets import codes
 from mlc_compile.targets.gpu_kernels._emit import (
     F32,
     Buffer,
@@ -39,13 +40,13 @@ from mlc_compile.targets.gpu_kernels._gemv import Operands
 from mlc_compile.targets.gpu_kernels._packed import (
     as_f32,
     concat,
-    field_at,
     lane,
     lanes_of,
     splat,
     vector,
     view,
     widest,
+    zero_of,
 )
 from mlc_compile.targets.gpu_kernels.device import GPUDevice
 
@@ -301,7 +302,7 @@ class _Packed:
     def __init__(self, operands: Operands, scheme: QuantScheme) -> None:
         self.scheme, self.n, self.k = scheme, operands.n, operands.k
         self.kn = scheme.layout == "KN"
-        words, scales = operands.weight
+        words, scales, *_ = self._weight = operands.weight
         self.lanes = widest(self.n) if self.kn else 1
         if self.kn:
             columns = self.n // self.lanes
@@ -358,24 +359,28 @@ class _Packed:
         if scheme.num_words(self.k) % words:
             index = bind(tirx.min(index, i32(last_word)))  # x is zero there
         group = bind(tirx.truncdiv(index, i32(scheme.words_per_group)))
-        loaded, scale = self._load(rows, bind(column0 + quad * i32(QUAD)), index, group)
+        loaded, scale, zero = self._load(rows, bind(column0 + quad * i32(QUAD)), index, group)
         first = bind(part * i32(per_part))
         for e in range(per_part):
             position = bind(cast((first + i32(e)) * i32(scheme.bits), "uint32"))
-            values = [field_at(w, position, scheme) * s for w, s in zip(loaded, scale, strict=True)]
+            values = [
+                (codes.number(w, position, scheme, bind) - z) * s
+                for w, s, z in zip(loaded, scale, zero, strict=True)
+            ]
             at = (word * i32(per_word) + first + i32(e)) * i32(quads) + quad
             store(tile, [at], concat(values))
 
     def _load(
         self, rows: Tile, column: Expr, word: Expr, group: Expr
-    ) -> tuple[Sequence[Expr], Sequence[Expr]]:
-        """Words and scales of four columns; columns beyond the last repeat it."""
+    ) -> tuple[Sequence[Expr], Sequence[Expr], Sequence[Expr]]:
+        """Words, scales and zero points of four columns; columns beyond the last repeat it."""
         if not self.kn:
             last = i32(self.n - 1)
             at = [bind(rows.weight_row(tirx.min(column + i32(j), last))) for j in range(QUAD)]
             return (
                 [bind(load(self._words, row, word)) for row in at],
                 [bind(load_f32(self._scales, row, group)) for row in at],
+                [zero_of(self._weight, row, group, self.scheme) for row in at],
             )
         words, scales = [], []
         for j in range(0, QUAD, self.lanes):
@@ -384,7 +389,7 @@ class _Packed:
             )
             words += lanes_of(bind(load(self._words, word, at)))
             scales += lanes_of(bind(as_f32(load(self._scales, group, at))))
-        return words, scales
+        return words, scales, [f32(float(self.scheme.max_int))] * QUAD  # symmetric codes
 
 
 def _guarded(condition: Expr | None, emit: object) -> None:

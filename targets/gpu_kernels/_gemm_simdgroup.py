@@ -45,6 +45,7 @@ from mlc_compile.targets.gpu_kernels._packed import (
     vector,
     view,
     widest,
+    zero_of,
 )
 from mlc_compile.targets.gpu_kernels.device import GPUDevice
 
@@ -246,7 +247,8 @@ class _Packed:
 
     def __init__(self, operands: Operands, scheme: QuantScheme) -> None:
         self.scheme, self.n, self.k = scheme, operands.n, operands.k
-        self._words, self._scales = operands.weight
+        self._weight = operands.weight
+        self._words, self._scales, *_ = self._weight
 
     def fill(
         self,
@@ -278,8 +280,8 @@ class _Packed:
             row = bind(tirx.min(column0 + column, i32(self.n - 1)))
             packed = bind(load(self._words, *((index, row) if kn else (row, index))))
             scale = bind(load_f32(self._scales, *((group, row) if kn else (row, group))))
-            offset = f32(float(scheme.max_int))
-            values = [(v - offset) * scale for v in fields(packed, scheme, "bytes").values]
+            zero = zero_of(self._weight, row, group, scheme)
+            values = [(v - zero) * scale for v in fields(packed, scheme, "bytes").values]
             at = bind(column * i32(stride) + word * i32(per_word))
             for e in range(0, per_word, lanes):
                 several = values[e : e + lanes]

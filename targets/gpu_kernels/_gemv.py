@@ -11,12 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
 from mlc_compile.quantization.scheme import QuantScheme
+from mlc_compile.targets import codes
 from mlc_compile.targets.gpu_kernels._emit import (
     F32,
     Buffer,
@@ -47,6 +48,7 @@ from mlc_compile.targets.gpu_kernels._packed import (
     splat,
     view,
     widest,
+    zero_of,
 )
 from mlc_compile.targets.gpu_kernels.device import GPUDevice
 from mlc_compile.targets.gpu_kernels.elementwise import ACTIVATIONS
@@ -258,6 +260,14 @@ def _reduce(
                 one(p)
 
 
+class _Piece(NamedTuple):
+    """Of a row: words, their scale, and their zero point unless that is constant."""
+
+    words: Expr
+    scale: Expr | None = None
+    zero: Expr | None = None
+
+
 class _Rows:
     """Weight rows that are contiguous along K, read in pieces of `size` elements.
 
@@ -283,42 +293,50 @@ class _Rows:
         self.pieces = scheme.num_words(k) // self.lanes
         self.per_group = scheme.words_per_group // self.lanes
         self._words = view(operands.weight[0], (rows, self.pieces), self.lanes)
-        self._scales = operands.weight[1]
+        self._weight = operands.weight
 
-    def load(self, row: Expr, piece: Expr) -> tuple[Expr, Expr | None]:
-        """The words of a piece, and its scale."""
+    def load(self, row: Expr, piece: Expr) -> _Piece:
         words = bind(load(self._words, row, piece))
         if self.scheme is None:
-            return words, None
-        group = tirx.truncdiv(piece, i32(self.per_group)) if self.per_group > 1 else piece
-        return words, bind(load_f32(self._scales, row, group))
+            return _Piece(words)
+        if self.per_group >= self.pieces:
+            group = i32(0)
+        else:
+            group = tirx.truncdiv(piece, i32(self.per_group)) if self.per_group > 1 else piece
+        scale = bind(load_f32(self._weight[1], row, group))
+        if codes.constant_zero(self.scheme) is not None:
+            return _Piece(words, scale)
+        return _Piece(words, scale, zero_of(self._weight, row, group, self.scheme))
 
     def add(
         self,
-        loaded: Sequence[tuple[Expr, Expr | None]],
+        loaded: Sequence[_Piece],
         xs: Sequence[Sequence[Expr]],
         sums: _Sums,
     ) -> None:
         """sums[m][r] += piece r times xs[m] (`size` bound float32)."""
         if self.scheme is None:
-            for r, (words, _) in enumerate(loaded):
+            for r, (words, *_) in enumerate(loaded):
                 values = lanes_of(bind(as_f32(words)))
                 for m, x in enumerate(xs):
                     sums.add(m, r, _dot(values, x))
             return
         totals = [bind(_sum(x)) for x in xs]
-        for r, (words, scale) in enumerate(loaded):
+        for r, (words, scale, zero) in enumerate(loaded):
             found = [
                 fields(w, self.scheme, self.decode, self.device) for w in map(bind, lanes_of(words))
             ]
             values = [v for f in found for v in f.values]
             if len(xs) > 1:
                 values = [bind(v) for v in values]
-            factor, centre = found[0].factor, found[0].centre(self.scheme)
+            factor, centre = found[0].factor, found[0].centre(self.scheme, zero)
             if factor != 1.0:
                 scale = bind(scale * f32(factor))
             for m, x in enumerate(xs):
-                sums.add(m, r, scale * (_dot(values, x) - f32(centre) * totals[m]))
+                product = _dot(values, x)
+                if centre is not None:
+                    product = product - centre * totals[m]
+                sums.add(m, r, scale * product)
 
 
 def _dot(values: Sequence[Expr], xs: Sequence[Expr]) -> Expr:
@@ -486,7 +504,7 @@ def _row(vector: Buffer) -> Buffer:
 
 
 def gemv_kn(operands: Operands, scheme: QuantScheme, config: GemvConfig, device: GPUDevice) -> None:
-    """One launch over a packed weight whose columns are contiguous along N."""
+    """One launch over a packed weight whose columns are contiguous along N. Codes are symmetric."""
     n, k, m = operands.n, operands.k, operands.m
     columns = widest(n, most=config.rows)
     lanes, teams = config.lanes, config.teams
@@ -520,11 +538,11 @@ def gemv_kn(operands: Operands, scheme: QuantScheme, config: GemvConfig, device:
                     for i in range(m):
                         partial.add(i, c, _dot(values, xs[i]))
             assert found is not None
-            centre, factor = found.centre(scheme), found.factor
+            centre, factor = found.centre(scheme, None), found.factor
             for c in range(columns):
                 by_scale = scale[c] if factor == 1.0 else scale[c] * f32(factor)
                 for i in range(m):
-                    difference = partial.get(i, c) - f32(centre) * totals.get(i, 0)
+                    difference = partial.get(i, c) - centre * totals.get(i, 0)
                     sums.add(i, c, by_scale * difference)
 
         with loop(-(-num_groups // teams)) as i:

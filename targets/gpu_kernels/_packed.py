@@ -3,8 +3,8 @@
 - A parameter is declared with scalars, as the model library passes it; a kernel reads it through a
   pointer to vectors (`view`), which becomes `array<vec4<u32>>` in WGSL: one access of 16 bytes.
   TVM's own vector loads of a scalar array come out as four scalar accesses there.
-- Group quantisation (quantization/group.py) is linear in the codes: over one group,
-  sum (q - M) s x = s (sum q x - M sum x), with M sum x shared by all rows that meet the same x.
+- What a code means stands in targets/codes.py: (number - zero point) * scale. Over one group,
+  sum (q - zero) s x = s (sum q x - zero sum x), with sum x shared by all rows that meet the same x.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from tvm import tirx
 from tvm.tirx.script.builder import ir as T
 
 from mlc_compile.quantization.scheme import QuantScheme
+from mlc_compile.targets import codes
 from mlc_compile.targets.gpu_kernels._emit import (
     F32,
     Buffer,
@@ -115,20 +116,32 @@ def halves(word: Expr, device: GPUDevice) -> list[Expr]:
 
 @dataclass(frozen=True)
 class Fields:
-    """The fields of a word as numbers v with q = (v - offset) * factor."""
+    """The fields of a word as values v of which (v - offset) * factor is the code's number."""
 
     values: list[Expr]
     factor: float
     offset: float
 
-    def centre(self, scheme: QuantScheme) -> float:
-        """c of sum (q - M) x = factor * (sum v x - c * sum x)."""
-        return self.offset + scheme.max_int / self.factor
+    def centre(self, scheme: QuantScheme, zero: Expr | None) -> Expr | None:
+        """c of sum (q - zero) x = factor * (sum v x - c * sum x), None for 0.
+
+        zero: where it is no constant.
+        """
+        constant = codes.constant_zero(scheme)
+        if constant is not None:
+            centre = self.offset + constant / self.factor
+            return f32(centre) if centre else None
+        if self.factor != 1.0:
+            zero = zero * f32(1 / self.factor)
+        return bind(zero + f32(self.offset) if self.offset else zero)
 
 
 def fields(word: Expr, scheme: QuantScheme, decode: Decode, device: GPUDevice = PORTABLE) -> Fields:
     """All fields of a bound word, first element first; used once each, or bound by the caller."""
     bits = scheme.bits
+    if scheme.codes == "e4m3":
+        numbers = [bind(codes.e4m3(word, bits * i, bind)) for i in range(scheme.elems_per_word)]
+        return Fields(numbers, 1.0, 0.0)
     if decode == "halves" and bits == 4:
         found = [halves(bind(_half_mantissas(word, 4 * i)), device) for i in range(4)]
         return Fields([low for low, _ in found] + [high for _, high in found], 16.0, 1.0)
@@ -142,10 +155,9 @@ def fields(word: Expr, scheme: QuantScheme, decode: Decode, device: GPUDevice = 
     return Fields([cast(v, F32) for v in values], 1.0, 0.0)
 
 
-def field_at(word: Expr, position: Expr, scheme: QuantScheme) -> Expr:
-    """q - M, as float32, of the field that starts at bit `position` (uint32)."""
-    q = tirx.bitwise_and(tirx.shift_right(word, position), u32((1 << scheme.bits) - 1))
-    return cast(q, F32) - f32(float(scheme.max_int))
+def zero_of(weight: Sequence[Buffer], row: Expr, group: Expr, scheme: QuantScheme) -> Expr:
+    """The zero point of a group as float32, from the buffers of a weight in layout "NK"."""
+    return bind(codes.zero_point(lambda word: load(weight[2], row, word), group, scheme))
 
 
 def _field(word: Expr, position: int, bits: int) -> Expr:

@@ -1,16 +1,16 @@
 """Rows of a packed or plain embedding table on a GPU, as a TIR PrimFunc.
 
 One thread an element: neighbours share a word, and write side by side. The result is
-(q - M) * scale in float32, rounded once to the model dtype, which is what the format's own
-arithmetic in the model dtype gives (quantization/group.py).
+(number - zero) * scale (targets/codes.py) in float32, rounded once to the model dtype, which is
+what the format's own arithmetic in the model dtype gives (quantization/group.py).
 """
 
 from __future__ import annotations
 
 from tvm import tirx
 
+from mlc_compile.targets import codes
 from mlc_compile.targets.gpu_kernels._emit import (
-    F32,
     I32,
     U32,
     Argument,
@@ -26,20 +26,20 @@ from mlc_compile.targets.gpu_kernels._emit import (
     store,
     store_float,
     symbol,
-    u32,
 )
+from mlc_compile.targets.gpu_kernels._packed import zero_of
 from mlc_compile.targets.gpu_kernels.device import GPUDevice
 from mlc_compile.targets.kernels import EmbeddingSpec
 
 
 def embedding_kernel(spec: EmbeddingSpec, *, device: GPUDevice) -> tirx.PrimFunc | None:
-    """(ids int32 [n], q_weight [vocab, words], q_scale [vocab, groups] | weight, out [n, hidden]).
+    """(ids int32 [n], the table's buffers, out [n, hidden]).
 
-    Ids must be in 0..vocab-1; they are not checked, as in any gather on this path. None for
-    bfloat16.
+    Ids must be in 0..vocab-1; they are not checked, as in any gather on this path. None where the
+    device lacks bfloat16 and the table has it.
     """
     scheme, hidden = spec.scheme, spec.hidden
-    if "bfloat16" in (spec.dtype, scheme.model_dtype if scheme else None):
+    if "bfloat16" in (spec.dtype, scheme.model_dtype if scheme else None) and not device.bfloat16:
         return None
     rows = 1 if spec.rows == 1 else symbol("n")
     ids: Argument = ("ids", (rows,), I32)
@@ -54,29 +54,22 @@ def embedding_kernel(spec: EmbeddingSpec, *, device: GPUDevice) -> tirx.PrimFunc
                 lambda row, at: store(out, [row, at], load(table, bind(load(ids, row)), at)),
             )
 
-        return build_kernel(
-            "embedding", [ids, ("weight", (spec.vocab, hidden), spec.dtype), out], copy
-        )
+        return build_kernel("embedding", [ids, *spec.table_shapes(), out], copy)
 
-    per_word, group, bits = scheme.elems_per_word, scheme.group_size, scheme.bits
+    per_word = scheme.elems_per_word
 
-    def unpack(ids: Buffer, table: Buffer, scales: Buffer, out: Buffer) -> None:
+    def unpack(ids: Buffer, *others: Buffer) -> None:
+        *table, out = others
+
         def element(row: Expr, at: Expr) -> None:
             source = bind(load(ids, row))
             word = bind(tirx.truncdiv(at, i32(per_word)))
-            shift = cast((at - word * i32(per_word)) * i32(bits), U32)
-            field = tirx.shift_right(load(table, source, word), shift)
-            code = cast(tirx.bitwise_and(field, u32((1 << bits) - 1)), I32)
-            value = cast(code - i32(scheme.max_int), F32)
-            scale = load_f32(scales, source, tirx.truncdiv(at, i32(group)))
-            store_float(out, [row, at], value * scale)
+            position = cast((at - word * i32(per_word)) * i32(scheme.bits), U32)
+            group = bind(tirx.truncdiv(at, i32(scheme.group_size)))
+            value = codes.number(load(table[0], source, word), position, scheme, bind)
+            difference = value - zero_of(table, source, group, scheme)
+            store_float(out, [row, at], difference * load_f32(table[1], source, group))
 
         each_element(device, rows, hidden, element)
 
-    arguments: list[Argument] = [
-        ids,
-        ("q_weight", (spec.vocab, scheme.num_words(hidden)), scheme.storage_dtype),
-        ("q_scale", (spec.vocab, scheme.num_groups(hidden)), scheme.model_dtype),
-        out,
-    ]
-    return build_kernel("embedding", arguments, unpack)
+    return build_kernel("embedding", [ids, *spec.table_shapes(), out], unpack)

@@ -6,8 +6,8 @@ Notable features
   (`_gemm.py`, or `_gemm_simdgroup.py` where the device has matrix units): the host chooses at each
   call. The weight is never materialised.
 - Accumulation is always float32 and no activation is rounded: the result is that of the dequantised
-  weight (q - M) * scale in float32, up to float32 rounding of the sums. Matrix units round the
-  dequantised weight of a float16 model to float16.
+  weight (number - zero) * scale (targets/codes.py) in float32, up to float32 rounding of the sums.
+  Matrix units round the dequantised weight of a float16 model to float16.
 - Any N and K: K is padded to whole groups as the format says, threads beyond N repeat the last row.
 """
 
@@ -37,7 +37,8 @@ def linear_kernel(
 
     gemv, gemm: instead of what `choose` of either module finds; gemm also instead of matrix units.
     None where the device lacks a dtype of `spec` (bfloat16), for fused products of more rows than
-    one or of weights in layout "KN", and for a norm where it costs more inside than apart.
+    one or of weights in layout "KN", for codes in that layout that are not symmetric, and for a
+    norm where it costs more inside than apart.
     """
     dtypes = {spec.x_dtype, spec.out_dtype, spec.weight_dtype, spec.bias_dtype}
     if spec.scheme is not None:
@@ -45,6 +46,8 @@ def linear_kernel(
     if "bfloat16" in dtypes and not device.bfloat16:
         return None
     n, k, scheme = spec.out_features, spec.in_features, spec.scheme
+    if scheme is not None and scheme.layout == "KN" and scheme.codes != "symmetric":
+        return None
     if spec.fused and not _can_fuse(spec):
         return None
     rows = 1 if spec.rows == 1 else symbol("n")

@@ -21,7 +21,7 @@ from mlc_compile.compiler.pipeline import (
     lowering_phases,
 )
 from mlc_compile.nn.export import export_decoder
-from mlc_compile.quantization.group import quantize
+from mlc_compile.quantization.codec import encode
 from mlc_compile.quantization.linear import SchemeLayers
 from mlc_compile.quantization.policy import is_quantized, stored_layout, stored_params
 from mlc_compile.targets.parsing import fast_parsing
@@ -100,7 +100,7 @@ class Decoder:
             weight += spec.role == "norm"
             if is_quantized(spec, inputs.scheme):
                 layout = stored_layout(spec, inputs.scheme)
-                params += quantize(weight, inputs.scheme, layout=layout, name=spec.name)
+                params += encode(weight, inputs.scheme, layout=layout, name=spec.name)
             else:
                 params.append(weight.astype(stored_params(spec, inputs.scheme)[0].dtype))
         return cls(vm, [tvm.runtime.tensor(p) for p in params], cache)

@@ -17,7 +17,7 @@ from mlc_compile.compiler.build import compile_library
 from mlc_compile.compiler.opt import FUSIONS
 from mlc_compile.errors import EnvironmentLacksError, InputError
 from mlc_compile.manifest import parameter_schema_id
-from mlc_compile.quantization.group import quantize
+from mlc_compile.quantization.codec import encode
 from mlc_compile.quantization.policy import is_quantized, stored_layout, stored_params
 from mlc_compile.targets.profile import TARGETS, ExportRequest
 
@@ -65,7 +65,7 @@ def random_params(library: Any, folder: Path) -> list[Any]:
             weight = 1 + weight
         if is_quantized(spec, inputs.scheme):
             layout = stored_layout(spec, inputs.scheme)
-            arrays += list(quantize(weight, inputs.scheme, layout=layout, name=spec.name))
+            arrays += list(encode(weight, inputs.scheme, layout=layout, name=spec.name))
         else:
             (stored,) = stored_params(spec, inputs.scheme)
             arrays.append(weight.astype(stored.dtype))

@@ -15,7 +15,7 @@ from mlc_compile.config import read_json_strict, resolve_compile_config
 from mlc_compile.errors import InputError
 from mlc_compile.models import load_model
 from mlc_compile.models.registry import ARCHITECTURES
-from mlc_compile.quantization.policy import stored_params
+from mlc_compile.quantization.policy import stored_params, with_overrides
 from mlc_compile.quantization.scheme import SCHEMES
 from mlc_compile.targets.profile import TARGETS, get_target
 
@@ -63,8 +63,9 @@ def planned_and_estimated(inputs: CompileInputs, target_name: str) -> tuple[int,
     return max(usage[name] for name in memory.PLANNED), estimate.workspace
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("model_type", ["llama", "qwen3"])
+@pytest.mark.parametrize(
+    ("model_type", "shape"), [*(("llama", shape) for shape in SHAPES), ("qwen3", "as it is")]
+)
 def test_estimate_agrees_with_the_static_plan(
     config_dir: MakeConfig, model_type: str, shape: str, target_name: str
 ) -> None:
@@ -72,7 +73,7 @@ def test_estimate_agrees_with_the_static_plan(
     assert abs(estimated - planned) <= 0.05 * planned, (planned, estimated)
 
 
-# One of each mechanism; .ci/run does all architectures.
+# One of each mechanism; .ci/run does all structures.
 QUICK = ("gemma2", "gpt2", "cohere", "qwen2_moe")
 
 
@@ -86,14 +87,26 @@ def published() -> dict[str, Path]:
     return found
 
 
+def each_structure() -> dict[str, Path]:
+    """Those of QUICK, and of the others one of each kind of layer: biases take no workspace."""
+    found = published()
+    chosen: dict[object, str] = {}
+    for name in (*QUICK, *found):
+        model = load_model(read_json_strict(found[name]), where=name)
+        arch = model.arch
+        parts = (arch.attention, arch.mlp, arch.norm, arch.positions)
+        chosen.setdefault((*map(type, parts), arch.block, arch.embed_norm), name)
+    return {name: found[name] for name in chosen.values()}
+
+
 @pytest.mark.parametrize(
     ("name", "path"),
     [
         pytest.param(*item, marks=[] if item[0] in QUICK else pytest.mark.slow, id=item[0])
-        for item in published().items()
+        for item in each_structure().items()
     ],
 )
-def test_estimate_agrees_for_every_architecture(name: str, path: Path) -> None:
+def test_estimate_agrees_for_every_structure(name: str, path: Path) -> None:
     """Full widths; the workspace does not grow with layers beyond the third."""
     model = load_model(read_json_strict(path), where=path.name)
     layers = min(model.config.num_hidden_layers, 3)
@@ -111,6 +124,28 @@ def test_estimate_agrees_for_every_architecture(name: str, path: Path) -> None:
 @pytest.mark.parametrize("quantization", ["q0f32", "q0bf16", "q3f16_1"])
 def test_estimate_agrees_for_other_dtypes(config_dir: MakeConfig, quantization: str) -> None:
     planned, estimated = static_workspace(config_dir(quantization=quantization), "cpu")
+    assert abs(estimated - planned) <= 0.05 * planned, (planned, estimated)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("quantization", "target"),
+    [("q8f16_pc", "cpu"), ("e4m3f32_1", "webgpu"), ("q4f16_awq", "cuda")],
+)
+def test_estimate_agrees_for_other_kinds_of_codes(
+    config_dir: MakeConfig, quantization: str, target: str
+) -> None:
+    planned, estimated = static_workspace(config_dir(quantization=quantization), target)
+    assert abs(estimated - planned) <= 0.05 * planned, (planned, estimated)
+
+
+def test_estimate_agrees_for_schemes_mixed_in_one_model(config_dir: MakeConfig) -> None:
+    folder = config_dir(tie_word_embeddings=False)
+    inputs = read_inputs(folder, "webgpu")
+    mixed = "lm_head=q8f16_pc,embed_tokens=e4m3f16_1,layers.0.*=q4f16_awq,layers.1.mlp.*=q0f16"
+    scheme = with_overrides(inputs.scheme, mixed, inputs.model)
+    planned, estimated = planned_and_estimated(replace(inputs, scheme=scheme), "webgpu")
+    assert planned_and_estimated(inputs, "webgpu") == (planned, estimated)
     assert abs(estimated - planned) <= 0.05 * planned, (planned, estimated)
 
 

@@ -24,8 +24,9 @@ from mlc_compile.compiler.passes.fuse_qk_norm import fuse_qk_norm
 from mlc_compile.compiler.passes.fuse_residual import fuse_residual
 from mlc_compile.models.params import ParamSpec
 from mlc_compile.quantization.linear import SchemeLayers, dequantize
+from mlc_compile.quantization.policy import stored_params
 from mlc_compile.quantization.scheme import SCHEMES
-from mlc_compile.targets.kernels import LinearSpec
+from mlc_compile.targets.kernels import LinearSpec, along
 
 N, H = 5, 64
 Body = Callable[..., Tensor | tuple[Tensor, ...]]
@@ -95,24 +96,25 @@ def test_matmul_with_a_plain_weight_and_a_bias() -> None:
     assert (spec.scheme, spec.weight_dtype, spec.bias_dtype) == (None, F32, F32)
 
 
-@pytest.mark.parametrize("name", ["q4f32_1", "q3f16_1", "q4f16_0"])
+@pytest.mark.parametrize(
+    "name", ["q4f32_1", "q3f16_1", "q4f16_0", "q8f32_pc", "q4f16_awq", "e4m3bf16_1"]
+)
 def test_matmul_takes_the_packed_weight(name: str) -> None:
     scheme = SCHEMES[name]
-    shape = (24, scheme.num_words(H)), (24, scheme.num_groups(H))
-    if scheme.layout == "KN":
-        shape = shape[0][::-1], shape[1][::-1]
+    stored = stored_params(ParamSpec("w.weight", (24, H), "linear", ()), scheme)
 
-    def body(x: Tensor, words: Tensor, scales: Tensor) -> Tensor:
-        weight = dequantize(words, scales, (24, H), scheme, scheme.layout)
+    def body(x: Tensor, *packed: Tensor) -> Tensor:
+        weight = dequantize(packed, (24, H), scheme, scheme.layout)
         return op.matmul(x, op.permute_dims(weight, [1, 0]), out_dtype=F32)
 
     kernels = Recorder()
     dtype = scheme.model_dtype
-    inputs = ([1, H], dtype), (list(shape[0]), "uint32"), (list(shape[1]), dtype)
+    inputs = ([1, H], dtype), *((list(s.shape), s.dtype) for s in stored)
     mod = fuse_linear(module(body, *inputs), kernels)
     assert calls(mod) == ["linear_24x64_gemv"]  # nothing materialises the weight
     ((_, (spec,)),) = kernels.asked
-    assert (spec.scheme, spec.rows, spec.out_dtype) == (scheme, 1, F32)
+    assert (spec.scheme, spec.rows, spec.out_dtype) == (along(scheme, H), 1, F32)
+    assert [shape for _, shape, _ in spec.weight_shapes()] == [s.shape for s in stored]
 
 
 def test_other_products_stay() -> None:
@@ -172,7 +174,7 @@ def test_embedding() -> None:
     scheme = SCHEMES["q4f16_1"]
 
     def body(ids: Tensor, words: Tensor, scales: Tensor) -> Tensor:
-        return op.take(dequantize(words, scales, (100, H), scheme, "NK"), ids, axis=0)
+        return op.take(dequantize([words, scales], (100, H), scheme, "NK"), ids, axis=0)
 
     inputs = ([N], "int32"), ([100, H // 8], "uint32"), ([100, H // 32], "float16")
     assert calls(fuse_embedding(module(body, *inputs), Recorder())) == ["embedding"]
@@ -421,7 +423,7 @@ def test_a_widened_product_computes_the_same(name: str | None) -> None:
         if scheme is None:
             return chain(x, g, *weights, b)
         wide = [
-            dequantize(*weights[2 * i : 2 * i + 2], (n, H), scheme, scheme.layout)
+            dequantize(weights[2 * i : 2 * i + 2], (n, H), scheme, scheme.layout)
             for i, n in enumerate((2 * H, H))
         ]
         return chain(x, g, *wide, b)

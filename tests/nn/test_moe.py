@@ -17,7 +17,7 @@ from tvm.relax.frontend.nn import Tensor, op
 from mlc_compile.compiler.passes.fuse_experts import fuse_experts
 from mlc_compile.models.params import ParamSpec
 from mlc_compile.nn.moe import Score, SparseMLP, route
-from mlc_compile.quantization.group import dequantize, quantize
+from mlc_compile.quantization.codec import decode, encode
 from mlc_compile.quantization.linear import SchemeLayers
 from mlc_compile.quantization.scheme import SCHEMES, numpy_dtype
 from mlc_compile.targets.profile import get_target
@@ -192,8 +192,8 @@ def test_block(
         if f"mlp.{name}.q_weight" in dict(parameters):
             layout: Any = "NK" if "expert" in name.split(".")[0] and len(shape) == 3 else None
             rows = weight.reshape(-1, shape[-1])
-            words, scales = quantize(rows, described, layout=layout)
-            wide = dequantize(words, scales, described, shape[-1], layout=layout)
+            words, scales = encode(rows, described, layout=layout)
+            wide = decode((words, scales), described, shape[-1], layout=layout)
             weights[name] = wide.astype(np.float64).reshape(shape)
             if len(shape) == 3:
                 words, scales = (a.reshape(*shape[:2], -1) for a in (words, scales))

@@ -13,11 +13,13 @@ import numpy as np
 import pytest
 
 from mlc_compile.errors import InputError
-from mlc_compile.quantization.group import dequantize, narrow, quantize
+from mlc_compile.quantization.codec import decode, encode
+from mlc_compile.quantization.group import narrow
 from mlc_compile.quantization.packing import unpack
 from mlc_compile.quantization.scheme import SCHEMES, QuantScheme, numpy_dtype
 
-GROUP_SCHEMES = [scheme for scheme in SCHEMES.values() if not scheme.is_plain]
+# Those of other codes and of whole rows: test_codec.py.
+GROUP_SCHEMES = [s for s in SCHEMES.values() if s.codes == "symmetric" and s.group_size]
 SOURCES = [np.float32, np.float16, ml_dtypes.bfloat16, np.float64]
 
 group_schemes = pytest.mark.parametrize("scheme", GROUP_SCHEMES, ids=lambda s: s.name)
@@ -59,7 +61,7 @@ def naive(weight: np.ndarray, scheme: QuantScheme) -> tuple[np.ndarray, np.ndarr
 
 def assert_equals_naive(weight: np.ndarray, scheme: QuantScheme) -> None:
     k = weight.shape[1]
-    q_weight, q_scale = quantize(weight, scheme)
+    q_weight, q_scale = encode(weight, scheme)
     fields, scale = naive(weight, scheme)
     np.testing.assert_array_equal(fields_of(q_weight, scheme, k), fields[:, :k])
     stored = scales_of(q_scale, scheme)
@@ -114,8 +116,8 @@ def test_formula_in_exact_arithmetic(scheme: QuantScheme) -> None:
     rng = np.random.default_rng(7)
     k = scheme.group_size * 3
     weight = rng.standard_normal((4, k)).astype(np.float32)
-    q_weight, q_scale = quantize(weight, scheme)
-    got = dequantize(q_weight, q_scale, scheme, k)
+    q_weight, q_scale = encode(weight, scheme)
+    got = decode((q_weight, q_scale), scheme, k)
     fields, scales = fields_of(q_weight, scheme, k), scales_of(q_scale, scheme)
     top = scheme.max_int
 
@@ -138,29 +140,29 @@ def test_formula_in_exact_arithmetic(scheme: QuantScheme) -> None:
 def test_shapes_and_layout(scheme: QuantScheme) -> None:
     weight = np.random.default_rng(1).standard_normal((6, 100)).astype(np.float32)
     words, groups = scheme.num_words(100), scheme.num_groups(100)
-    q_nk, s_nk = quantize(weight, scheme, layout="NK")
-    q_kn, s_kn = quantize(weight, scheme, layout="KN")
+    q_nk, s_nk = encode(weight, scheme, layout="NK")
+    q_kn, s_kn = encode(weight, scheme, layout="KN")
     assert (q_nk.shape, s_nk.shape) == ((6, words), (6, groups))
     assert (q_kn.shape, s_kn.shape) == ((words, 6), (groups, 6))
     assert q_kn.flags.c_contiguous and s_kn.flags.c_contiguous
     np.testing.assert_array_equal(q_kn.T, q_nk)
     np.testing.assert_array_equal(s_kn.T, s_nk)
     np.testing.assert_array_equal(
-        dequantize(q_nk, s_nk, scheme, 100, layout="NK"),
-        dequantize(q_kn, s_kn, scheme, 100, layout="KN"),
+        decode((q_nk, s_nk), scheme, 100, layout="NK"),
+        decode((q_kn, s_kn), scheme, 100, layout="KN"),
     )
-    assert quantize(weight, scheme)[0].shape == (q_kn if scheme.layout == "KN" else q_nk).shape
+    assert encode(weight, scheme)[0].shape == (q_kn if scheme.layout == "KN" else q_nk).shape
 
 
 @group_schemes
 def test_dequantize_is_one_rounded_product(scheme: QuantScheme) -> None:
     dtype = numpy_dtype(scheme.model_dtype)
     weight = np.random.default_rng(2).standard_normal((50, 300)).astype(np.float32)
-    q_weight, q_scale = quantize(weight, scheme)
+    q_weight, q_scale = encode(weight, scheme)
     fields = fields_of(q_weight, scheme, 300).astype(np.int64).astype(dtype)
     scale = np.repeat(scales_of(q_scale, scheme), scheme.group_size, axis=1)[:, :300]
     expected = (fields - dtype.type(scheme.max_int)) * scale
-    got = dequantize(q_weight, q_scale, scheme, 300)
+    got = decode((q_weight, q_scale), scheme, 300)
     assert got.dtype == dtype
     np.testing.assert_array_equal(got, expected)
     # Half a step, and the roundings of w / scale + M (up to 2M) and of the result.
@@ -174,19 +176,19 @@ def test_zero_groups_stay_zero(scheme: QuantScheme) -> None:
     weight = np.zeros((2, 3 * scheme.group_size), np.float32)
     weight[1] = -0.0
     weight[:, scheme.group_size : 2 * scheme.group_size] = 1.5
-    q_weight, q_scale = quantize(weight, scheme)
+    q_weight, q_scale = encode(weight, scheme)
     scales = scales_of(q_scale, scheme)
     assert (scales[:, [0, 2]] == 0).all() and not np.signbit(scales).any()
     fields = fields_of(q_weight, scheme, weight.shape[1])
     assert (fields[weight == 0] == scheme.max_int).all()
-    assert (dequantize(q_weight, q_scale, scheme, weight.shape[1])[weight == 0] == 0).all()
+    assert (decode((q_weight, q_scale), scheme, weight.shape[1])[weight == 0] == 0).all()
 
 
 @group_schemes
 def test_padding_reads_as_zero_bits_above_the_last_field(scheme: QuantScheme) -> None:
     """The padded elements of the last group are weight 0, and unused top bits are 0."""
     weight = np.ones((1, scheme.group_size + 1), np.float32)
-    q_weight, _ = quantize(weight, scheme, layout="NK")
+    q_weight, _ = encode(weight, scheme, layout="NK")
     fields = unpack(q_weight, scheme.bits)[0]
     assert (fields[scheme.group_size + 1 :] == scheme.max_int).all()
     unused = 32 % scheme.bits
@@ -200,7 +202,7 @@ def test_not_finite_is_refused(scheme: QuantScheme, source: type, bad: float) ->
     weight = np.zeros((3, 64), source)
     weight[1, 7] = bad
     with pytest.raises(InputError, match=r"'a\.weight' holds a value that is not finite"):
-        quantize(weight, scheme, name="a.weight")
+        encode(weight, scheme, name="a.weight")
     with pytest.raises(InputError, match="not finite"):
         narrow(weight, scheme.model_dtype, name="a.weight")
 
@@ -210,7 +212,7 @@ def test_a_nan_of_any_payload_is_refused() -> None:
     bits[0, 0] = 0x7FFFFFFF  # rounding it like a number would give -0.0
     for scheme in GROUP_SCHEMES:
         with pytest.raises(InputError, match="not finite"):
-            quantize(bits.view(np.float32), scheme)
+            encode(bits.view(np.float32), scheme)
 
 
 @pytest.mark.parametrize(
@@ -230,12 +232,12 @@ def test_overflow_is_refused_exactly_where_it_starts(
     for sign in (1, -1):
         fits = np.full((2, 32), sign * largest, source)
         assert np.isfinite(narrow(fits, dtype).astype(np.float64)).all()
-        quantize(fits, SCHEMES[scheme])
+        encode(fits, SCHEMES[scheme])
         too_much = fits.copy()
         too_much[1, 3] = sign * beyond
         for act in (
             lambda w: narrow(w, dtype, name="x"),
-            lambda w: quantize(w, SCHEMES[scheme], name="x"),
+            lambda w: encode(w, SCHEMES[scheme], name="x"),
         ):
             with pytest.raises(InputError, match=rf"'x' holds .* overflows {dtype}"):
                 act(too_much)
@@ -254,9 +256,9 @@ def test_narrow_is_one_conversion(dtype: str, source: type) -> None:
 
 def test_only_matrices_are_packed() -> None:
     with pytest.raises(ValueError, match="1 axes"):
-        quantize(np.zeros(32, np.float32), SCHEMES["q4f16_1"])
+        encode(np.zeros(32, np.float32), SCHEMES["q4f16_1"])
     with pytest.raises(ValueError, match="q0f16"):
-        quantize(np.zeros((1, 32), np.float32), SCHEMES["q0f16"])
+        encode(np.zeros((1, 32), np.float32), SCHEMES["q0f16"])
 
 
 # Frozen: these bytes are what published parameter files hold.
@@ -279,6 +281,6 @@ GOLDEN = {
 def test_golden_bytes(scheme: QuantScheme) -> None:
     n = np.arange(7 * 123, dtype=np.int64)
     weight = (((n * n * 2654435761) % 65521 - 32760) / 32768).astype(np.float32).reshape(7, 123)
-    q_weight, q_scale = quantize(weight, scheme)
+    q_weight, q_scale = encode(weight, scheme)
     digest = hashlib.sha256(q_weight.astype("<u4").tobytes() + q_scale.tobytes()).hexdigest()
     assert digest[:16] == GOLDEN[scheme.name]

@@ -22,16 +22,20 @@ def spec(role: Role, shape: tuple[int, ...] = (48, 100)) -> ParamSpec:
 def test_matrices_are_packed_and_named(scheme: QuantScheme) -> None:
     for role in ("linear", "embedding", "lm_head"):
         stored = stored_params(spec(role), scheme)
-        left_out = scheme.name == "q4f16_2" and role != "linear"
+        left_out = scheme.name in ("q4f16_2", "q4f16_awq") and role != "linear"
         assert is_quantized(spec(role), scheme) == (not scheme.is_plain and not left_out)
         if not is_quantized(spec(role), scheme):
             assert stored == (StoredParam(f"m.{role}.weight", (48, 100), scheme.model_dtype),)
             continue
-        groups = math.ceil(100 / scheme.group_size)
-        words = groups * scheme.group_size // (32 // scheme.bits)
+        groups = math.ceil(100 / scheme.group_size) if scheme.group_size else 1
+        words = groups * (scheme.group_size or 100) // (32 // scheme.bits)
         transposed = scheme.name.endswith("_0") and role != "embedding"
         assert stored_layout(spec(role), scheme) == ("KN" if transposed else "NK")
-        q_weight, q_scale = stored
+        q_weight, q_scale, *q_zero = stored
+        if scheme.name == "q4f16_awq":
+            assert q_zero == [StoredParam(f"m.{role}.q_zero", (48, 1), "uint32", "uint4,NK")]
+        else:
+            assert q_zero == []
         assert (q_weight.name, q_weight.dtype) == (f"m.{role}.q_weight", "uint32")
         assert (q_scale.name, q_scale.dtype) == (f"m.{role}.q_scale", scheme.model_dtype)
         assert q_weight.shape == ((words, 48) if transposed else (48, words))
@@ -59,7 +63,9 @@ def test_experts_keep_their_rows_together_and_routers_their_dtype(scheme: QuantS
         assert shapes == [(6, 48, 100)]
     else:
         assert stored_layout(experts, scheme) == "NK"
-        assert shapes == [(6, 48, scheme.num_words(100)), (6, 48, scheme.num_groups(100))]
+        widths = [scheme.num_words(100), scheme.num_groups(100)]
+        widths += [scheme.num_zero_words(100)] if scheme.has_zeros else []
+        assert shapes == [(6, 48, width) for width in widths]
 
 
 def test_bytes_are_exact() -> None:

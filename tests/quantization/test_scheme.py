@@ -7,9 +7,10 @@ import dataclasses
 import pytest
 
 from mlc_compile.errors import InputError
+from mlc_compile.models.params import ParamSpec
 from mlc_compile.quantization.scheme import SCHEMES, QuantScheme, get_scheme, numpy_dtype
 
-# name: bits, group, model dtype, layout, embedding, final layer
+# name: bits, group, model dtype, layout, embedding, final layer, codes
 TABLE = {
     "q0f16": (0, 0, "float16", "NK", True, True),
     "q0bf16": (0, 0, "bfloat16", "NK", True, True),
@@ -25,6 +26,12 @@ TABLE = {
     "q8f16_0": (8, 32, "float16", "KN", True, True),
     "q8f16_1": (8, 32, "float16", "NK", True, True),
     "q8f32_1": (8, 32, "float32", "NK", True, True),
+    "q8f16_pc": (8, 0, "float16", "NK", True, True),
+    "q8f32_pc": (8, 0, "float32", "NK", True, True),
+    "q4f16_awq": (4, 128, "float16", "NK", False, False, "affine"),
+    "e4m3f16_1": (8, 128, "float16", "NK", True, True, "e4m3"),
+    "e4m3bf16_1": (8, 128, "bfloat16", "NK", True, True, "e4m3"),
+    "e4m3f32_1": (8, 128, "float32", "NK", True, True, "e4m3"),
 }
 
 
@@ -37,9 +44,10 @@ def test_the_table_is_the_published_one() -> None:
             s.layout,
             s.quantize_embedding,
             s.quantize_lm_head,
+            s.codes,
         )
         for name, s in SCHEMES.items()
-    } == TABLE
+    } == {name: row if len(row) == 7 else (*row, "symmetric") for name, row in TABLE.items()}
 
 
 @pytest.mark.parametrize(
@@ -47,7 +55,7 @@ def test_the_table_is_the_published_one() -> None:
 )
 def test_derived_numbers(bits: int, per_word: int, words: int, top: int) -> None:
     for scheme in SCHEMES.values():
-        if scheme.bits == bits:
+        if scheme.bits == bits and scheme.group_size in (32, 40):
             derived = (scheme.elems_per_word, scheme.words_per_group, scheme.max_int)
             assert derived == (per_word, words, top)
 
@@ -57,7 +65,15 @@ def test_every_scheme_is_consistent(scheme: QuantScheme) -> None:
     assert get_scheme(scheme.name) is scheme
     assert scheme.storage_dtype == "uint32"
     assert numpy_dtype(scheme.model_dtype).itemsize == (4 if "f32" in scheme.name else 2)
-    if scheme.is_plain:
+    assert scheme.of(ParamSpec("x.weight", (4, 4), "linear", ())) is scheme
+    kind = "plain" if scheme.is_plain else scheme.codes
+    assert scheme.kind == ("per channel" if scheme.name.endswith("_pc") else kind)
+    assert scheme.has_zeros == (scheme.codes == "affine")
+    if scheme.per_channel:
+        assert [scheme.group_of(k) for k in (1, 4, 77)] == [4, 4, 80]
+        assert [scheme.num_words(k) for k in (1, 4, 77)] == [1, 1, 20]
+        assert {scheme.num_groups(k) for k in (1, 4, 77)} == {1}
+    elif scheme.is_plain:
         assert scheme.elems_per_word == scheme.words_per_group == scheme.max_int == 0
     else:
         assert scheme.words_per_group * scheme.elems_per_word == scheme.group_size
@@ -76,3 +92,10 @@ def test_unknown_name_says_the_closest() -> None:
 def test_a_group_must_fill_words() -> None:
     with pytest.raises(ValueError, match="whole"):
         dataclasses.replace(SCHEMES["q3f16_1"], group_size=32)
+
+
+def test_what_has_no_kernels_is_no_scheme() -> None:
+    with pytest.raises(ValueError, match="NK only"):
+        dataclasses.replace(SCHEMES["q4f16_awq"], layout="KN")
+    with pytest.raises(ValueError, match="8 bits"):
+        dataclasses.replace(SCHEMES["e4m3f16_1"], bits=4)

@@ -7,7 +7,7 @@ import dataclasses
 from typing import Any
 
 import numpy as np
-from linear_reference import TOLERANCE, random_weight
+from linear_reference import random_weight, tolerance
 
 from mlc_compile.quantization.scheme import SCHEMES, numpy_dtype
 from mlc_compile.targets.kernels import ExpertLinearSpec
@@ -78,7 +78,7 @@ class ExpertCase:
         return np.full(shape, 7e3, numpy_dtype(self.spec.out_dtype))
 
     def check(self, x: np.ndarray, experts: np.ndarray, out: np.ndarray, *context: Any) -> None:
-        """Fails unless `out` is the product for `x`, within TOLERANCE."""
+        """Fails unless `out` is the product for `x`, within the tolerance."""
         wide = x.astype(np.float64)
         if self.spec.shared_x:
             wide = np.repeat(wide, self.spec.per_token, axis=0)
@@ -87,4 +87,4 @@ class ExpertCase:
         magnitude = np.einsum("pk,pnk->pn", np.abs(wide), np.abs(chosen))
         error = np.abs(out.astype(np.float64) - expected) / (magnitude + 1e-6)
         # NaN compares false.
-        assert error.max() < TOLERANCE[self.spec.out_dtype], (self.spec, *context, error.max())
+        assert error.max() < tolerance(self.spec), (self.spec, *context, error.max())

@@ -67,14 +67,20 @@ def test_a_tile_for_every_device(paged: bool, archs: tuple[int, ...], d: int) ->
 
 
 CASES = [("float16", 128)]
-MORE = [(dtype, d) for dtype in ("float16", "bfloat16") for d in HEADS if (dtype, d) not in CASES]
+MORE = [("float16", 64), ("float16", 80), ("bfloat16", 96), ("bfloat16", 128), ("float16", 256)]
+
+
+BOUNDED = {"softcap": 50.0, "layer_window": 64}
 
 
 @pytest.mark.parametrize(
-    ("dtype", "d"), [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE)]
-)
-@pytest.mark.parametrize(
-    "more", [{}, pytest.param({"softcap": 50.0, "layer_window": 64}, marks=pytest.mark.slow)]
+    ("dtype", "d", "more"),
+    [
+        *((*case, {}) for case in CASES),
+        *(pytest.param(*case, {}, marks=pytest.mark.slow) for case in MORE),
+        pytest.param("float16", 256, BOUNDED, marks=pytest.mark.slow),
+        pytest.param("bfloat16", 64, BOUNDED, marks=pytest.mark.slow),
+    ],
 )
 def test_nvcc_compiles_it_for_every_architecture(dtype: str, d: int, more: dict[str, Any]) -> None:
     import tvm

@@ -24,7 +24,11 @@ from mlc_compile.targets.nvidia.toolchain import find_nvcc
 
 EVERY = CudaArchs((75, 80, 90))
 HOPPER = CudaArchs((90,))
-ROW_MAJOR = [name for name, scheme in SCHEMES.items() if scheme.layout == "NK"]
+ROW_MAJOR = [
+    name
+    for name, scheme in SCHEMES.items()
+    if scheme.layout == "NK" and scheme.kind in ("plain", "symmetric")
+]
 FUSED: list[dict[str, Any]] = [
     {},
     {"norm_eps": 1e-5, "has_bias": True},

@@ -240,7 +240,12 @@ def test_there_is_no_bfloat16(name: str) -> None:
 
 # --- embedding
 
-TABLES = [name for name, scheme in SCHEMES.items() if scheme.model_dtype != "bfloat16"]
+# Of the kinds of codes that are not symmetric groups one each.
+TABLES = [
+    name
+    for name, scheme in SCHEMES.items()
+    if scheme.model_dtype != "bfloat16" and name not in ("q8f16_pc", "e4m3f32_1")
+]
 
 
 def embedding_spec(name: str, hidden: int, rows: int | None) -> EmbeddingSpec:

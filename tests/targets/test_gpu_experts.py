@@ -24,6 +24,9 @@ from mlc_compile.targets.kernels import ExpertLinearSpec
 
 # WGSL has no bfloat16.
 NAMES = [name for name, scheme in SCHEMES.items() if scheme.model_dtype != "bfloat16"]
+EVERY = [n for n in NAMES if SCHEMES[n].kind in ("plain", "symmetric")] + [
+    pytest.param(n, marks=pytest.mark.slow) for n in ("q8f32_pc", "q4f16_awq", "e4m3f16_1")
+]
 # Software adapters compile a product with few sums in a thread much faster than the chosen one.
 QUICK = GemmConfig(32, 32, 32, 4, 4)
 # One token; with 5 experts and 2 of them each: pair by pair up to 5 tokens, sorted by expert above.
@@ -58,7 +61,7 @@ def check(
 @pytest.mark.emulated(name="q3f16_1")
 @pytest.mark.emulated(name="q0f16")
 @pytest.mark.parametrize("rows", [1, None])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EVERY)
 def test_every_scheme(device: Device, name: str, rows: int | None) -> None:
     # N and K that no tile and no vector divides, K not a whole number of groups either.
     spec = expert_spec(name, 5, 2, 75, 202, out_dtype="float32", rows=rows)

@@ -16,6 +16,7 @@ from tvm import relax
 
 from mlc_compile.errors import InputError
 from mlc_compile.quantization.scheme import SCHEMES
+from mlc_compile.targets.cpu import CPUKernels
 from mlc_compile.targets.gpu_kernels import _gemm, _gemv
 from mlc_compile.targets.gpu_kernels._gemm import GemmConfig
 from mlc_compile.targets.gpu_kernels._gemv import GemvConfig
@@ -26,6 +27,11 @@ from mlc_compile.targets.webgpu import BACKEND
 
 # WGSL has no bfloat16.
 NAMES = [name for name, scheme in SCHEMES.items() if scheme.model_dtype != "bfloat16"]
+# Of the kinds of codes that are not symmetric groups one each, all but this one slow.
+KINDS = ["q8f32_pc", "q4f16_awq", "e4m3f16_1"]
+EVERY = [n for n in NAMES if SCHEMES[n].kind in ("plain", "symmetric")] + [
+    n if n == "q4f16_awq" else pytest.param(n, marks=pytest.mark.slow) for n in KINDS
+]
 # Of q4f16_1 and its siblings one each: what a name adds otherwise is policy, not a kernel.
 DISTINCT = ["q0f16", "q3f16_1", "q4f16_0", "q4f16_1", "q8f16_1"]
 SMALL = GPUDevice(max_threads=64, shared_bytes=8 << 10)
@@ -73,7 +79,7 @@ def code_of(spec: LinearSpec) -> dict[str, str]:
 @pytest.mark.emulated(name="q0f16")
 @pytest.mark.emulated(name="q8f32_1")
 @pytest.mark.parametrize("rows", [1, None])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EVERY)
 def test_every_scheme(device: Device, name: str, rows: int | None) -> None:
     # N and K that no tile and no vector divides, K not a whole number of groups either.
     spec = linear_spec(name, 75, 202, out_dtype="float32", has_bias=True, rows=rows)
@@ -135,6 +141,18 @@ def test_group_of_more_words(device: Device) -> None:
     spec = LinearSpec(320, 24, scheme, "float16", "float32")
     check(device, spec, (4, 12))
     check(device, dataclasses.replace(spec, rows=1), (1,))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", KINDS)
+def test_kinds_in_other_cuts(device: Device, name: str) -> None:
+    """Wide loads, mantissas of float16, what is fused into one row, and the chosen product."""
+    wide = GemvConfig(lanes=16, teams=2, rows=4, words=4, unroll=2, decode="halves")
+    f32 = {"out_dtype": "float32"}
+    gated = linear_spec(name, 46, 1408, rows=1, **FUSED["norm_gated"], **f32)
+    check(device, gated, (1,), gemv=wide)
+    check(device, linear_spec(name, 33, 4096, rows=1, **FUSED["residual_bias"], **f32), (1,))
+    check(device, linear_spec(name, 136, 320), (4, 70), gemm=None)
 
 
 @pytest.mark.emulated
@@ -278,6 +296,15 @@ def test_fused_products_that_have_no_kernel(fused: str) -> None:
 @pytest.mark.parametrize("name", [n for n in SCHEMES if n not in NAMES])
 def test_no_kernel_for_bfloat16(name: str) -> None:
     assert linear_kernel(linear_spec(name, 64, 64), device=WEBGPU) is None
+
+
+def test_transposed_codes_are_symmetric() -> None:
+    # Not by way of a scheme, which refuses it too.
+    spec = linear_spec("q4f16_awq", 64, 256)
+    assert spec.scheme is not None
+    object.__setattr__(spec.scheme, "layout", "KN")
+    assert linear_kernel(spec, device=WEBGPU) is None
+    assert CPUKernels(256).linear(spec) is None
 
 
 @pytest.mark.emulated

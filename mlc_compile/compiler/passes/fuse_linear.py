@@ -135,7 +135,8 @@ def _linear(
 def packed_operands(
     rewriter: CallRewriter, weight: relax.Expr
 ) -> tuple[QuantScheme | None, list[relax.Expr]]:
-    """(scheme, [q_weight, q_scale]) behind a `dequantize` call; (None, [weight]) of a plain weight.
+    """(scheme, [q_weight, q_scale, ...]) behind a `dequantize` call; (None, [weight]) of a plain
+    weight.
 
     The scheme's layout is that of this weight: a tied embedding of a "KN" scheme is "NK".
     """
