@@ -1,8 +1,9 @@
 """What was made from what: manifest.json (ours) and mlc-model-manifest.json (web-llm's).
 
 - manifest.json lists versions, source files, scheme, options and the SHA-256 of every file and
-  tensor. It holds no times and no paths, so that two runs give the same bytes. It is written last:
-  its presence means that the parameters are complete.
+  tensor, those that gen_config writes among them, and ends with its own. It holds no times and no
+  paths, so that two runs give the same bytes. It is written last: its presence means that the
+  parameters are complete.
 - mlc-model-manifest.json carries the two ids that a library repeats in `_metadata.artifact`;
   runtimes refuse parts whose ids differ (mlc-format.md, last section).
 """
@@ -31,12 +32,20 @@ from mlc_compile.weights.tensor_cache import (
     open_tensor_cache,
     read_blocks,
 )
+from mlc_compile.weights.tokenizer import COPIED_FILES
 
 MANIFEST = "manifest.json"
 MODEL_MANIFEST = "mlc-model-manifest.json"
 SCHEMA = "mlc-compile.parameters"
 FORMAT_VERSION = 1
 SHARD_FILE = re.compile(r"params_shard_\d+\.bin")
+CHAT_CONFIG = "mlc-chat-config.json"
+CONFIGURATION = "configuration"
+"""The section with the files of gen_config, which may run before or after convert_weight."""
+
+SEAL = "manifest_sha256"
+_BLANK = b"0" * 64
+_SEALED = re.compile(rb'"%s": "([0-9a-f]{64})"\n\}\n\Z' % SEAL.encode())
 
 CHAT_TASKS: Mapping[str, Any] = {
     "chat.completions": {
@@ -93,7 +102,7 @@ def model_manifest(
     params: Sequence[StoredParam],
     tasks: Mapping[str, Any] = CHAT_TASKS,
     *,
-    chat_config: str | None = "mlc-chat-config.json",
+    chat_config: str | None = CHAT_CONFIG,
 ) -> dict[str, Any]:
     """The content of mlc-model-manifest.json."""
     document: dict[str, Any] = {
@@ -135,6 +144,47 @@ def tool_versions() -> dict[str, str]:
     return found
 
 
+def manifest_bytes(document: Mapping[str, Any]) -> bytes:
+    """manifest.json as a file. Its last key is the SHA-256 of all its bytes, where the digits of
+    that hash itself count as zeros."""
+    sealed = {key: value for key, value in document.items() if key != SEAL}
+    sealed[SEAL] = _BLANK.decode()
+    text = json.dumps(sealed, indent=2, ensure_ascii=False, allow_nan=False)
+    data = text.encode() + b"\n"
+    head, _, tail = data.rpartition(_BLANK)
+    return head + hashlib.sha256(data).hexdigest().encode() + tail
+
+
+def _check_seal(path: Path) -> list[str]:
+    data = b"".join(read_blocks(path))
+    end = _SEALED.search(data)
+    if end is None:
+        return [f"{MANIFEST}: does not end with its own sha256"]
+    start, stop = end.span(1)
+    found = hashlib.sha256(data[:start] + _BLANK + data[stop:]).hexdigest()
+    if found != end[1].decode():
+        return [f"{MANIFEST}: sha256 is {found}, it says {end[1].decode()} itself"]
+    return []
+
+
+def configuration_files(directory: Path) -> list[WrittenFile]:
+    """What gen_config has written into `directory`, hashed; nothing without its main file.
+
+    Raises InputError when a file cannot be read.
+    """
+    if not (directory / CHAT_CONFIG).is_file():
+        return []
+    paths = [directory / name for name in (CHAT_CONFIG, *COPIED_FILES)]
+    return [hash_file(path) for path in paths if path.is_file()]
+
+
+def with_configuration(document: Mapping[str, Any], files: Sequence[WrittenFile]) -> dict[str, Any]:
+    """The manifest with `files` as those of gen_config; as it is without any."""
+    if not files:
+        return dict(document)
+    return {**document, CONFIGURATION: {"files": [_file_json(file) for file in files]}}
+
+
 def build_manifest(
     model: Model,
     scheme: QuantScheme,
@@ -146,11 +196,16 @@ def build_manifest(
     files: Sequence[WrittenFile],
     tensor_sha256: Mapping[str, str],
     options: Mapping[str, Any],
+    relative_errors: Mapping[str, float] | None = None,
+    notes: Sequence[str] = (),
 ) -> dict[str, Any]:
     """The content of manifest.json.
 
     source_elements: elements of the unquantised parameters. options: what the user chose, as JSON.
+    relative_errors: of the first stored tensor of each parameter, for the parameter as it is
+    stored: sqrt(sum e^2 / sum w^2). notes: what was lost of the source.
     """
+    errors = relative_errors or {}
     stored = sum(param.nbytes for param in params)
     return {
         "schema": SCHEMA,
@@ -161,15 +216,18 @@ def build_manifest(
             "name": scheme.name,
             "label": scheme.label,
             "bits": scheme.bits,
+            "codes": scheme.codes,
             "group_size": scheme.group_size,
             "layout": scheme.layout,
             "model_dtype": scheme.model_dtype,
+            **({"overrides": scheme.overrides_json()} if scheme.overrides else {}),
         },
         "parameters": source_elements,
         "parameter_bytes": stored,
         "effective_bits_per_weight": round(8 * stored / source_elements, 6),
         "parameter_schema_id": parameter_schema_id(params),
         "options": dict(options),
+        **({"notes": list(notes)} if notes else {}),
         "source": {"format": source_format, "files": [_file_json(file) for file in sources]},
         "files": [_file_json(file) for file in sorted(files, key=lambda file: file.name)],
         "tensors": [
@@ -179,6 +237,7 @@ def build_manifest(
                 "dtype": param.dtype,
                 "nbytes": param.nbytes,
                 "sha256": tensor_sha256[param.name],
+                **({"relative_error": errors[param.name]} if param.name in errors else {}),
             }
             for param in params
         ],
@@ -210,12 +269,23 @@ def read_manifest(directory: Path) -> dict[str, Any]:
             hint="update mlc-compile or convert again",
         )
     for key in ("files", "tensors"):
-        entries = document.get(key)
-        if not isinstance(entries, list) or not all(_is_entry(entry) for entry in entries):
+        if not _are_entries(document.get(key)):
             raise InputError(f"{path}: the list '{key}' is damaged", hint="convert again")
-    if not all(is_plain_name(entry["name"]) for entry in document["files"]):
+    section = document.get(CONFIGURATION, {"files": []})
+    if not isinstance(section, dict) or not _are_entries(section.get("files")):
+        raise InputError(f"{path}: '{CONFIGURATION}' is damaged", hint="convert again")
+    if not all(is_plain_name(entry["name"]) for entry in _listed_files(document)):
         raise InputError(f"{path}: lists a file outside its directory", hint="convert again")
     return document
+
+
+def _listed_files(document: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The entries of all files: of convert_weight and of gen_config."""
+    return [*document["files"], *document.get(CONFIGURATION, {"files": []})["files"]]
+
+
+def _are_entries(value: Any) -> bool:
+    return isinstance(value, list) and all(_is_entry(entry) for entry in value)
 
 
 def _is_entry(entry: Any) -> bool:
@@ -223,6 +293,7 @@ def _is_entry(entry: Any) -> bool:
         isinstance(entry, dict)
         and isinstance(entry.get("name"), str)
         and type(entry.get("nbytes")) is int
+        and 0 <= entry["nbytes"] < 1 << 62
         and isinstance(entry.get("sha256"), str)
     )
 
@@ -274,12 +345,15 @@ class IntegrityReport:
 
 
 def check_directory(directory: Path, *, progress: Progress | None = None) -> IntegrityReport:
-    """Compares every file and tensor of `directory` with manifest.json: size and SHA-256.
+    """Compares every file and tensor of `directory` with manifest.json, size and SHA-256, and that
+    one with itself.
+
+    Not covered are libraries, and files that neither convert_weight nor gen_config writes.
 
     Raises InputError when there is no readable manifest.json.
     """
     document = read_manifest(directory)
-    files, tensors = document["files"], document["tensors"]
+    files, tensors = _listed_files(document), document["tensors"]
     total = sum(entry["nbytes"] for entry in (*files, *tensors))
     done = 0
 
@@ -289,13 +363,16 @@ def check_directory(directory: Path, *, progress: Progress | None = None) -> Int
         if progress is not None:
             progress(f"check {entry['name']}", done, total)
 
-    faults: list[str] = []
+    faults = _check_seal(directory / MANIFEST)
     for entry in files:
         faults.extend(_check_file(directory / entry["name"], entry))
         advance(entry)
     listed = {entry["name"] for entry in files}
+    configured = (directory / CHAT_CONFIG).exists() or CONFIGURATION in document
+    others = (CHAT_CONFIG, *COPIED_FILES) if configured else ()
     for path in sorted(directory.iterdir()):
-        if SHARD_FILE.fullmatch(path.name) and path.name not in listed:
+        ours = SHARD_FILE.fullmatch(path.name) or path.name in others
+        if ours and path.name not in listed:
             faults.append(f"{path.name}: is not listed in {MANIFEST}")
     try:
         cache = open_tensor_cache(directory)

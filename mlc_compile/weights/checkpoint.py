@@ -1,12 +1,15 @@
-"""Checkpoints: a Hugging Face directory or a GGUF file, behind one class.
+"""Checkpoints: a Hugging Face directory, a weights file or a GGUF file, behind one class.
 
-- Nothing from a checkpoint is executed. Pickled weights (*.bin, *.pt) are refused.
-- Weights are mapped, not loaded; `read` gives rows, so the caller decides how much is in memory.
+- Nothing from a checkpoint is executed: pickled weights (*.bin, *.pt) are read by torch_pickle.py,
+  which knows tensors and nothing else.
+- Weights are mapped, not loaded, or read by ranges behind a URL; `read` gives rows, so the caller
+  decides how much is in memory.
+- LoRA adapters are merged as rows are read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,34 +17,76 @@ from typing import Any
 from mlc_compile.config import read_json_strict
 from mlc_compile.errors import InputError
 from mlc_compile.weights import gguf
+from mlc_compile.weights.files import Location, SourceFile, source_file
+from mlc_compile.weights.lora import merge
+from mlc_compile.weights.packed_source import wrap
 from mlc_compile.weights.reader import Array, TensorInfo, TensorReader
-from mlc_compile.weights.st import SafetensorsFile, SafetensorsReader, open_index
+from mlc_compile.weights.remote import locate
+from mlc_compile.weights.shards import ShardReader, WeightsFile, open_index
+from mlc_compile.weights.st import SafetensorsFile
 from mlc_compile.weights.tokenizer import DirectoryTokenizer, GgufTokenizer, TokenizerSource
+from mlc_compile.weights.torch_file import TorchFile
 
 __all__ = ["SOURCE_FORMATS", "Checkpoint", "TensorInfo", "open_checkpoint"]
 
-SOURCE_FORMATS = ("auto", "safetensors", "gguf")
+SOURCE_FORMATS = ("auto", "safetensors", "torch", "gguf")
 
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-_INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
+
+@dataclass(frozen=True)
+class _Format:
+    """How a format's files are called, and what opens one."""
+
+    name: str
+    suffixes: tuple[str, ...]
+    single: str
+    index: str
+    open: Callable[[Location], WeightsFile]
+
+
+_FORMATS = {
+    found.name: found
+    for found in (
+        _Format(
+            "safetensors",
+            (".safetensors",),
+            "model.safetensors",
+            "model.safetensors.index.json",
+            SafetensorsFile,
+        ),
+        _Format(
+            "torch",
+            (".bin", ".pt", ".pth", ".ckpt"),
+            "pytorch_model.bin",
+            "pytorch_model.bin.index.json",
+            TorchFile,
+        ),
+    )
+}
+# What training leaves beside the weights, under the same suffixes.
+_NO_WEIGHTS = ("training_args.bin", "optimizer.", "scheduler.", "scaler.", "rng_state")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     """An opened checkpoint.
 
-    `config` has the keys of a Hugging Face config.json, whatever the format. `source_files` are
-    the files that the weights and the config come from (tokenizer files are not among them).
+    `config` has the keys of a Hugging Face config.json, whatever the format. `sources` are the
+    files that the weights and the config come from (tokenizer files are not among them),
+    `source_files` those of them that are on this machine.
     """
 
-    path: Path
+    path: Location
     format: str
     config: dict[str, Any]
     generation_config: dict[str, Any]
-    source_files: tuple[Path, ...]
+    sources: tuple[SourceFile, ...]
     reader: TensorReader = field(repr=False)
     tokenizer: TokenizerSource = field(repr=False)
+
+    @property
+    def source_files(self) -> tuple[Path, ...]:
+        """The paths of the local ones among `sources`."""
+        return tuple(source.path for source in self.sources if source.path is not None)
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
@@ -78,46 +123,57 @@ class Checkpoint:
         return self.tokenizer.files()
 
 
-def open_checkpoint(path: str | Path, source_format: str = "auto") -> Checkpoint:
-    """Open a Hugging Face directory, a .safetensors file beside its config.json, or a GGUF file.
+def open_checkpoint(
+    path: str | Path, source_format: str = "auto", *, lora: Sequence[str | Path] = ()
+) -> Checkpoint:
+    """Open a Hugging Face directory, a file of weights beside its config.json, or a GGUF file.
 
-    With "auto" a GGUF file is known by its first bytes, and a directory without config.json that
-    holds one .gguf file stands for that file.
+    path: on this machine, or a URL such as https://host/model/ (remote.py).
+    source_format: with "auto" a GGUF file is known by its first bytes, a directory without
+    config.json that holds one .gguf file stands for that file, and safetensors are preferred.
+    lora: directories of PEFT adapters, merged into the weights in this order.
 
     Raises:
         InputError: nothing usable there, a damaged file, or a format that isn't supported.
+        EnvironmentLacksError: a URL without the packages that read it.
     """
-    path = Path(path)
     if source_format not in SOURCE_FORMATS:
         raise InputError(
             f"unknown source format {source_format!r}",
             hint=f"supported: {', '.join(SOURCE_FORMATS)}",
         )
-    if not path.exists():
+    place = locate(path)
+    if not place.exists():
         raise InputError(
-            f"there is no file or directory {path}",
-            hint="give the directory with config.json, or a .gguf file, on this machine",
+            f"there is no file or directory {place}",
+            hint="give the directory with config.json, or a .gguf file",
         )
-    if path.is_dir():
-        return _open_directory(path, source_format)
-    if source_format == "gguf" or (source_format == "auto" and gguf.is_gguf(path)):
-        return _open_gguf(path)
-    _refuse_pickle(path)
-    if path.suffix != ".safetensors":
-        raise InputError(
-            f"{path} is neither a .safetensors nor a GGUF file",
-            hint="give the directory with config.json, a .safetensors file or a .gguf file",
-        )
-    return _open_hf(path.parent, SafetensorsReader([SafetensorsFile(path)]), path)
+    adapters = [locate(adapter) for adapter in lora]
+    if place.is_dir():
+        return _open_directory(place, source_format, adapters)
+    if not place.is_file():
+        raise InputError(f"cannot read {place}: it is not a regular file")
+    if source_format == "gguf" or (source_format == "auto" and gguf.is_gguf(place)):
+        return _open_gguf(place, adapters)
+    for kind in _FORMATS.values():
+        if place.suffix in kind.suffixes and source_format in ("auto", kind.name):
+            reader = ShardReader([kind.open(place)])
+            return _open_hf(place.parent, reader, kind.name, place, adapters)
+    raise InputError(
+        f"{place} is neither a .safetensors nor a torch nor a GGUF file"
+        if source_format == "auto"
+        else f"{place} is not a file of the format {source_format}",
+        hint="give the directory with config.json, or a .safetensors, .bin or .gguf file",
+    )
 
 
-def _open_directory(path: Path, source_format: str) -> Checkpoint:
+def _open_directory(path: Location, source_format: str, adapters: Sequence[Location]) -> Checkpoint:
     if source_format == "gguf" or (
         source_format == "auto" and not (path / "config.json").is_file()
     ):
-        files = sorted(path.glob("*.gguf"))
+        files: list[Location] = sorted(path.glob("*.gguf"), key=str)
         if len(files) == 1:
-            return _open_gguf(files[0])
+            return _open_gguf(files[0], adapters)
         if files:
             raise InputError(
                 f"{path} has {len(files)} GGUF files: {', '.join(f.name for f in files[:4])}",
@@ -125,76 +181,85 @@ def _open_directory(path: Path, source_format: str) -> Checkpoint:
             )
         if source_format == "gguf":
             raise InputError(f"{path} has no .gguf file")
-        raise InputError(
-            f"{path} has no config.json", hint="give the directory of a Hugging Face checkpoint"
-        )
     if not (path / "config.json").is_file():
         raise InputError(
             f"{path} has no config.json", hint="give the directory of a Hugging Face checkpoint"
         )
-    return _open_hf(path, _directory_reader(path), path)
+    kinds = [kind for kind in _FORMATS.values() if source_format in ("auto", kind.name)]
+    for kind in kinds:
+        reader = _directory_reader(path, kind)
+        if reader is not None:
+            return _open_hf(path, reader, kind.name, path, adapters)
+    suffixes = " or ".join(kind.suffixes[0] for kind in kinds)
+    raise InputError(f"{path} has no {suffixes} file", hint="download the checkpoint's weights")
 
 
-def _directory_reader(path: Path) -> SafetensorsReader:
-    index, single = path / _INDEX, path / _SINGLE
+def _directory_reader(path: Location, kind: _Format) -> ShardReader | None:
+    """The weights of this kind in a directory, None if there are none."""
+    index, single = path / kind.index, path / kind.single
     if index.is_file():
-        reader = open_index(index)
+        reader = open_index(index, kind.suffixes[0], kind.open)
         if single.is_file() and single not in reader.files:
             raise InputError(
-                f"{path} has both {_SINGLE} and an {_INDEX} that doesn't name it",
+                f"{path} has both {kind.single} and an {kind.index} that doesn't name it",
                 hint="remove the one that doesn't belong to this checkpoint",
             )
         return reader
     if single.is_file():
-        return SafetensorsReader([SafetensorsFile(single)])
-    files = sorted(path.glob("*.safetensors"))
-    if len(files) == 1:
-        return SafetensorsReader([SafetensorsFile(files[0])])
-    if files:
+        return ShardReader([kind.open(single)])
+    files = sorted(
+        (
+            file
+            for suffix in kind.suffixes
+            for file in path.glob(f"*{suffix}")
+            if not file.name.startswith(_NO_WEIGHTS)
+        ),
+        key=str,
+    )
+    if len(files) > 1:
         raise InputError(
-            f"{path} has {len(files)} safetensors files and no {_INDEX}",
+            f"{path} has {len(files)} {kind.name} files and no {kind.index}",
             hint="add the index, or give the path of one file",
         )
-    for file in sorted(path.iterdir()):
-        _refuse_pickle(file)
-    raise InputError(f"{path} has no .safetensors file", hint="download the checkpoint's weights")
+    return ShardReader([kind.open(files[0])]) if files else None
 
 
-def _refuse_pickle(file: Path) -> None:
-    if file.suffix in _PICKLES:
-        raise InputError(
-            f"{file} holds pickled weights, and loading them can run code",
-            hint="convert them to safetensors (transformers: save_pretrained) and try again",
-        )
-
-
-def _open_hf(directory: Path, reader: SafetensorsReader, path: Path) -> Checkpoint:
-    config = directory / "config.json"
-    if not config.is_file():
+def _open_hf(
+    directory: Location,
+    weights: ShardReader,
+    source_format: str,
+    path: Location,
+    adapters: Sequence[Location],
+) -> Checkpoint:
+    config_file = directory / "config.json"
+    if not config_file.is_file():
         raise InputError(
             f"there is no config.json beside {path}", hint="put the model's config.json there"
         )
     generation = directory / "generation_config.json"
+    reader, config = wrap(weights, read_json_strict(config_file))
+    reader = merge(reader, adapters)
     return Checkpoint(
         path=path,
-        format="safetensors",
-        config=read_json_strict(config),
+        format=source_format,
+        config=config,
         generation_config=read_json_strict(generation) if generation.is_file() else {},
-        source_files=(config, *reader.files),
+        sources=tuple(source_file(file) for file in (config_file, *reader.files)),
         reader=reader,
         tokenizer=DirectoryTokenizer(directory),
     )
 
 
-def _open_gguf(path: Path) -> Checkpoint:
+def _open_gguf(path: Location, adapters: Sequence[Location]) -> Checkpoint:
     container = gguf.GgufFile(path)
-    reader = gguf.GgufReader(container)
+    weights = gguf.GgufReader(container)
+    reader = merge(weights, adapters)
     return Checkpoint(
         path=path,
         format="gguf",
-        config=reader.config,
+        config=weights.config,
         generation_config=gguf.generation_config(container),
-        source_files=(path,),
+        sources=tuple(source_file(file) for file in reader.files),
         reader=reader,
         tokenizer=GgufTokenizer(container.metadata, path),
     )

@@ -4,6 +4,8 @@ Files are made in a hidden folder inside the directory (so that moving them is a
 the directory is a mount of its own). Publishing moves the old ones aside, then the new ones in,
 with the marker file moved out first and in last: a directory with its marker is always complete.
 A failure moves the old files back; a killed run is put right by the next one.
+
+What was made may outlive a failure (`Staging.keep`), so that the next run can go on with it.
 """
 
 from __future__ import annotations
@@ -30,13 +32,16 @@ class Staging:
 
     marker: the file that tells a complete directory.
     owned: whether a file name belongs to this set, so that an old one is replaced.
+    keep: whether `root` stays when the run fails; True when an earlier run left something there.
     """
 
-    def __init__(self, directory: Path, marker: str, owned: Callable[[str], bool]) -> None:
-        self.directory = directory
-        self.new = directory / STAGING / "new"
-        self._old = directory / STAGING / "old"
-        self._moves = directory / STAGING / "moves.json"
+    def __init__(self, root: Path, marker: str, owned: Callable[[str], bool]) -> None:
+        self.directory = root.parent
+        self.root = root
+        self.new = root / "new"
+        self.keep = False
+        self._old = root / "old"
+        self._moves = root / "moves.json"
         self._marker = marker
         self._owned = owned
 
@@ -45,7 +50,8 @@ class Staging:
         names = [path.name for path in self.new.iterdir()]
         for name in names:
             _sync(self.new / name)
-        self._old.mkdir()
+        _sync(self.new)
+        self._old.mkdir(exist_ok=True)
         draft = self._moves.with_suffix(".draft")
         draft.write_text(json.dumps(names))
         os.replace(draft, self._moves)  # whole or not there, and before the first move
@@ -58,20 +64,29 @@ class Staging:
 
     def clear(self) -> None:
         """Removes what a killed run left and makes `new` anew."""
-        self._moves.unlink(missing_ok=True)
-        for folder in (self.new, self._old):
-            shutil.rmtree(folder, ignore_errors=True)
+        for path in self.root.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
         self.new.mkdir()
 
     def restore(self) -> None:
         """Undoes a `publish` that did not reach its end, in this run or in one that was killed."""
-        if not self._moves.is_file() or not any(self.new.iterdir()):
+        if not self._moves.is_file():
             return
-        for name in json.loads(self._moves.read_text()):
-            if not (self.new / name).exists():
-                (self.directory / name).unlink(missing_ok=True)
-        for name in sorted((path.name for path in self._old.iterdir()), key=self._is_marker):
-            os.replace(self._old / name, self.directory / name)
+        if any(self.new.iterdir()):
+            # The new ones back first: a restore that is cut off is then taken up by the next.
+            moves = json.loads(self._moves.read_text())
+            for name in sorted(moves, key=self._is_marker, reverse=True):
+                if not (self.new / name).exists():
+                    os.replace(self.directory / name, self.new / name)
+            for name in sorted((path.name for path in self._old.iterdir()), key=self._is_marker):
+                os.replace(self._old / name, self.directory / name)
+            _sync(self.directory)
+            self._moves.unlink()
+        else:  # it did reach its end
+            self.clear()
 
     def _is_marker(self, name: str) -> bool:
         return name == self._marker
@@ -85,44 +100,57 @@ def owned_files(directory: Path, owned: Callable[[str], bool]) -> list[str]:
 
 
 @contextmanager
-def staged(directory: Path, marker: str, owned: Callable[[str], bool]) -> Iterator[Staging]:
+def staged(
+    directory: Path, marker: str, owned: Callable[[str], bool], *, folder: str = STAGING
+) -> Iterator[Staging]:
     """A `Staging` of `directory`, which is made if need be and, after a failure, unmade.
+
+    folder: where the files are made. In STAGING what a killed run left is removed; in one of
+    another name it stays for the caller to look at, with `keep` set.
 
     Raises InputError when the directory cannot be written or another run is writing to it.
     """
-    staging = Staging(directory, marker, owned)
-    root = directory / STAGING
+    staging = Staging(directory / folder, marker, owned)
+    root = staging.root
     made: list[Path] = []
     try:
         made = _make_directories(directory)
-        root.mkdir(exist_ok=True)
-        lock = _lock(root, directory)
+        lock = _lock(directory)
     except OSError as error:
         _remove_empty(made)
         raise cannot_write(directory, error) from error
     try:
         try:
+            root.mkdir(exist_ok=True)
             staging.restore()
-            staging.clear()
+            if folder == STAGING or not staging.new.is_dir():
+                staging.clear()
+            else:
+                staging.keep = any(staging.new.iterdir())
             yield staging
+            staging.keep = False
         except BaseException as error:
             staging.restore()
             if isinstance(error, OSError):
-                raise cannot_write(directory, error) from error
+                raise cannot_write(directory, error, kept=staging.keep) from error
             raise
     finally:
-        shutil.rmtree(root, ignore_errors=True)
+        if not staging.keep:
+            shutil.rmtree(root, ignore_errors=True)
         if lock is not None:
             os.close(lock)
         _remove_empty(made)
 
 
-def cannot_write(directory: Path, error: OSError) -> MlcError:
-    """The user's form of an OSError met while writing to `directory`."""
-    return InputError(
-        f"{directory}: cannot be written ({error.strerror or error})",
-        hint="choose another output directory or free some space",
-    )
+def cannot_write(directory: Path, error: OSError, *, kept: bool = False) -> MlcError:
+    """The user's form of an OSError met while writing to `directory`.
+
+    kept: what was made so far is still there.
+    """
+    hint = "choose another output directory or free some space"
+    if kept:
+        hint = "make room, and the same command goes on where this one stopped"
+    return InputError(f"{directory}: cannot be written ({error.strerror or error})", hint=hint)
 
 
 def _make_directories(directory: Path) -> list[Path]:
@@ -147,13 +175,16 @@ def _remove_empty(directories: list[Path]) -> None:
             return
 
 
-def _lock(root: Path, directory: Path) -> int | None:
+def _lock(directory: Path) -> int | None:
+    """A lock of the directory, whatever set of files is written to it."""
     if fcntl is None:
         return None
-    handle = os.open(root, os.O_RDONLY)
+    handle = os.open(directory, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
+        if not os.path.samestat(os.fstat(handle), os.stat(directory)):
+            raise BlockingIOError  # that run has just ended and removed it
+    except (BlockingIOError, FileNotFoundError) as error:
         os.close(handle)
         raise InputError(
             f"{directory}: another run is writing to this directory",

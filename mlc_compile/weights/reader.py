@@ -2,19 +2,36 @@
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol
+from types import MappingProxyType
+from typing import Any, Protocol, TypeAlias
 
 import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from mlc_compile.errors import InputError
+from mlc_compile.quantization.hold import Packed, PackedInfo
+from mlc_compile.weights.files import Location, MappedFile
+
+__all__ = [
+    "Array",
+    "MappedFile",
+    "Packed",
+    "PackedInfo",
+    "Rows",
+    "TensorInfo",
+    "TensorReader",
+    "Unpacked",
+    "numpy_dtype",
+    "row_numbers",
+    "row_range",
+]
 
 Array = npt.NDArray[Any]
+
+Rows: TypeAlias = "slice | Array | None"
+"""Some rows of a matrix: a slice of step 1, their numbers in any order, or all."""
 
 _EXTENSION_DTYPES = {
     name: np.dtype(getattr(ml_dtypes, name))
@@ -44,47 +61,41 @@ class TensorInfo:
 
 
 class TensorReader(Protocol):
-    """The side of a file format that the rest of the toolchain sees."""
+    """The side of a file format that the rest of the toolchain sees.
+
+    Attributes:
+        packed: those of `tensors` that can also be read as codes and scales. `read` gives their
+            dequantised rows in float32, rounded as the format's own reference rounds them.
+        notes: what of the source is not carried over, for the user.
+    """
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]: ...
 
     @property
-    def files(self) -> tuple[Path, ...]: ...
+    def files(self) -> tuple[Location, ...]: ...
+
+    @property
+    def packed(self) -> Mapping[str, PackedInfo]: ...
+
+    @property
+    def notes(self) -> tuple[str, ...]: ...
 
     def read(self, name: str, rows: slice | None = None) -> Array: ...
+
+    def read_packed(self, name: str, rows: Rows = None) -> Packed: ...
 
     def release(self) -> None: ...
 
 
-class MappedFile:
-    """A whole file, mapped read-only. Raises InputError if it can't be or has no bytes."""
+class Unpacked:
+    """The part of `TensorReader` about packed tensors, of a format that has none."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            with path.open("rb") as file:
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except (OSError, ValueError) as error:  # ValueError: an empty file can't be mapped
-            reason = getattr(error, "strerror", None) or error
-            raise InputError(f"cannot read {path}: {reason}") from error
-        self.size = len(self._map)
-        self.view = memoryview(self._map)
+    packed: Mapping[str, PackedInfo] = MappingProxyType({})
+    notes: tuple[str, ...] = ()
 
-    def array(self, dtype: np.dtype[Any], shape: tuple[int, ...], offset: int) -> Array:
-        """A read-only view of `shape` elements of `dtype`, `offset` bytes into the file."""
-        count = int(np.prod(shape, dtype=np.int64))
-        if count == 0:
-            return np.empty(shape, dtype)
-        return np.frombuffer(self._map, dtype, count, offset).reshape(shape)
-
-    def release(self) -> None:
-        """Let the system drop the pages read so far. Views stay valid: pages are read again.
-
-        Without it, everything read from a large checkpoint counts as this process's memory.
-        """
-        if hasattr(mmap, "MADV_DONTNEED"):
-            self._map.madvise(mmap.MADV_DONTNEED)
+    def read_packed(self, name: str, rows: Rows = None) -> Packed:
+        raise ValueError(f"{name} is not packed")
 
 
 def row_range(info: TensorInfo, rows: slice | None) -> tuple[int, int]:
@@ -99,3 +110,12 @@ def row_range(info: TensorInfo, rows: slice | None) -> tuple[int, int]:
     if step != 1:
         raise ValueError(f"rows of {info.name} are read in order, not with step {step}")
     return start, max(start, stop)
+
+
+def row_numbers(info: TensorInfo, rows: Rows) -> Array:
+    """`rows` of a tensor as their numbers; IndexError for a number that is out of range."""
+    if rows is None or isinstance(rows, slice):
+        return np.arange(*row_range(info, rows))
+    if rows.size and not 0 <= int(rows.min()) <= int(rows.max()) < info.shape[0]:
+        raise IndexError(f"{info.name} has {info.shape[0]} rows")
+    return rows

@@ -13,13 +13,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from mlc_compile.config import parse_json_strict, read_json_strict
+from mlc_compile.config import parse_json_strict
 from mlc_compile.errors import InputError
-from mlc_compile.weights.reader import Array, MappedFile, TensorInfo, numpy_dtype, row_range
+from mlc_compile.weights.files import Location, open_file
+from mlc_compile.weights.reader import (
+    Array,
+    TensorInfo,
+    numpy_dtype,
+    row_range,
+)
 
 DTYPES: Mapping[str, str] = MappingProxyType(
     {
@@ -52,10 +57,10 @@ _AGAIN = "download the file again"
 class SafetensorsFile:
     """One file. `tensors` maps names to TensorInfo; `offsets` to bytes from the file's start."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Location) -> None:
         """Raises InputError for a file that is truncated, inconsistent, or not safetensors."""
         self.path = path
-        self._file = MappedFile(path)
+        self._file = open_file(path)
         self.tensors: dict[str, TensorInfo] = {}
         self.offsets: dict[str, int] = {}
         self._parse()
@@ -64,8 +69,11 @@ class SafetensorsFile:
         """The tensor, or some rows of it, as a read-only view of the mapped file."""
         info = self.tensors[name]
         start, stop = row_range(info, rows)
-        whole = self._file.array(numpy_dtype(info.dtype), info.shape, self.offsets[name])
-        return whole if rows is None else whole[start:stop]
+        dtype, offset = numpy_dtype(info.dtype), self.offsets[name]
+        if rows is None:
+            return self._file.array(dtype, info.shape, offset)
+        row = math.prod(info.shape[1:]) * dtype.itemsize
+        return self._file.array(dtype, (stop - start, *info.shape[1:]), offset + start * row)
 
     def release(self) -> None:
         self._file.release()
@@ -78,7 +86,7 @@ class SafetensorsFile:
                 f"length and this one has {size} bytes",
                 hint=_AGAIN,
             )
-        header_size = int.from_bytes(self._file.view[:8], "little")
+        header_size = int.from_bytes(self._file.bytes(0, 8), "little")
         if header_size > MAX_HEADER_BYTES:
             raise InputError(
                 f"{self.path} is not a safetensors file: it states a header of {header_size} bytes",
@@ -92,7 +100,7 @@ class SafetensorsFile:
             )
         where = f"the header of {self.path}"
         try:
-            text = str(self._file.view[8 : 8 + header_size], "utf-8")
+            text = str(self._file.bytes(8, header_size), "utf-8")
         except UnicodeDecodeError as error:
             raise InputError(f"{where} is not UTF-8 text", hint=_AGAIN) from error
         header = parse_json_strict(text, where=where)
@@ -158,75 +166,3 @@ class SafetensorsFile:
 
 def _naturals(value: Any) -> bool:
     return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
-
-
-class SafetensorsReader:
-    """All the safetensors files of one checkpoint, as one set of tensors."""
-
-    def __init__(self, files: Sequence[SafetensorsFile], *, index: Path | None = None) -> None:
-        """Raises InputError if two files hold a tensor of the same name."""
-        self._home: dict[str, SafetensorsFile] = {}
-        self._files = tuple(files)
-        self.files: tuple[Path, ...] = (*((index,) if index else ()), *(f.path for f in files))
-        for file in files:
-            for name in file.tensors:
-                if name in self._home:
-                    raise InputError(
-                        f"tensor {name!r} is both in {self._home[name].path} and in {file.path}",
-                        hint="remove the file that doesn't belong to this checkpoint",
-                    )
-                self._home[name] = file
-        self.tensors: Mapping[str, TensorInfo] = MappingProxyType(
-            {name: file.tensors[name] for name, file in self._home.items()}
-        )
-
-    def read(self, name: str, rows: slice | None = None) -> Array:
-        return self._home[name].read(name, rows)
-
-    def release(self) -> None:
-        for file in self._files:
-            file.release()
-
-
-def open_index(index: Path) -> SafetensorsReader:
-    """The shards that a `model.safetensors.index.json` names, checked against it.
-
-    Raises InputError if a shard is missing or is not a plain file name beside the index, or if
-    the index and the shards disagree about which tensor is where.
-    """
-    weight_map = read_json_strict(index).get("weight_map")
-    if (
-        not isinstance(weight_map, dict)
-        or not weight_map
-        or not all(isinstance(file, str) for file in weight_map.values())
-    ):
-        raise InputError(f"{index} has no weight_map from tensor names to file names", hint=_AGAIN)
-    shards = {}
-    for file in sorted(set(weight_map.values())):
-        # Only names beside the index: a path could reach any file of this machine.
-        if "/" in file or "\\" in file or not file.endswith(".safetensors"):
-            raise InputError(
-                f"{index} names the file {file!r}, which is not the name of a .safetensors file "
-                "beside it",
-                hint="use an index that names its shards without folders",
-            )
-        if not (index.parent / file).is_file():
-            raise InputError(
-                f"{index} names {file!r}, which is not there",
-                hint=f"put all shards into {index.parent}",
-            )
-        shards[file] = SafetensorsFile(index.parent / file)
-    reader = SafetensorsReader(list(shards.values()), index=index)
-    for name, file in weight_map.items():
-        if name not in shards[file].tensors:
-            raise InputError(
-                f"{index} places tensor {name!r} in {file}, which doesn't have it", hint=_AGAIN
-            )
-    unlisted = sorted(set(reader.tensors) - set(weight_map))
-    if unlisted:
-        raise InputError(
-            f"{reader.tensors[unlisted[0]].file} has {len(unlisted)} tensors that {index} doesn't "
-            f"list, the first is {unlisted[0]!r}",
-            hint=_AGAIN,
-        )
-    return reader

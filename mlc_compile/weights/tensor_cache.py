@@ -2,35 +2,40 @@
 
 - Shards hold tensors back to back, unpadded, up to 32 MiB; a large tensor gets a shard of its own.
 - Names, shapes and sizes are known before the first byte, so shards are laid out first and then
-  filled in order, with all hashes taken on the way.
+  filled in any order; a complete one is hashed in one pass.
 - float32 is stored as float32: every record has format "raw" (others narrow it to bfloat16).
 - Reading trusts nothing: names, shapes, offsets and sizes are checked before a file is mapped.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
+import os
 import re
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
-from types import TracebackType
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from mlc_compile.config import read_json_strict
 from mlc_compile.errors import CheckFailedError, InputError
+from mlc_compile.quantization.hashing import Hasher, Piece
 from mlc_compile.quantization.policy import StoredParam
 from mlc_compile.quantization.scheme import is_stored_dtype, numpy_dtype
 
 TENSOR_CACHE = "tensor-cache.json"
 SHARD_CAP = 32 << 20
-_SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+_SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}")
 _READ_BLOCK = 4 << 20
+_HASH_BLOCK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -94,105 +99,201 @@ class WrittenFile:
     sha256: str
 
 
-class _OpenShard:
-    """A shard being filled."""
+@dataclass(frozen=True)
+class SealedShard:
+    """A complete shard file, hashed: `shard` with its md5, and SHA-256 of it and its tensors."""
 
-    def __init__(self, shard: Shard, directory: Path) -> None:
-        self.shard = shard
-        self.file: IO[bytes] = (directory / shard.file).open("wb")
-        self.md5 = hashlib.md5(usedforsecurity=False)
-        self.sha256 = hashlib.sha256()
-        self.written = 0
+    shard: Shard
+    sha256: str
+    tensor_sha256: Mapping[str, str]
 
-    def append(self, data: memoryview) -> None:
-        self.file.write(data)
-        self.md5.update(data)
-        self.sha256.update(data)
-        self.written += len(data)
+    @property
+    def written(self) -> WrittenFile:
+        """The file for the manifest."""
+        return WrittenFile(self.shard.file, self.shard.nbytes, self.sha256)
+
+
+def hash_shards(
+    directory: Path, shards: Sequence[Shard], hasher: Hasher | None = None
+) -> list[SealedShard]:
+    """All hashes of some shard files. Raises OSError, also when one ends too early.
+
+    hasher: hashes many pieces side by side; by default they are read one after the other.
+    """
+    if hasher is None:
+        return [_hash_shard(directory, shard) for shard in shards]
+    with ExitStack() as stack:
+        places = []  # (shard, tensor) of each piece
+        pieces = []
+        for shard in shards:
+            file = stack.enter_context((directory / shard.file).open("rb", buffering=0))
+            records = shard.records if len(shard.records) > 1 else ()
+            places += [(shard, None), *((shard, record.name) for record in records)]
+            pieces.append(Piece(file.fileno(), 0, shard.nbytes))
+            pieces += [Piece(file.fileno(), r.offset, r.nbytes) for r in records]
+        found = dict(zip(places, hasher(pieces), strict=True))
+    sealed = []
+    for shard in shards:
+        whole = found[shard, None]
+        tensors = {
+            record.name: found.get((shard, record.name), whole).sha256 for record in shard.records
+        }
+        sealed.append(SealedShard(replace(shard, md5=whole.md5), whole.sha256, tensors))
+    return sealed
+
+
+_buffers = threading.local()
+
+
+def read_buffer() -> memoryview:
+    """A buffer of this thread, 1 MiB, used again and again: fresh memory costs page faults."""
+    if not hasattr(_buffers, "view"):
+        _buffers.view = memoryview(bytearray(_HASH_BLOCK))
+    view: memoryview = _buffers.view
+    return view
+
+
+def _hash_shard(directory: Path, shard: Shard) -> SealedShard:
+    """In one pass."""
+    md5, whole = hashlib.md5(usedforsecurity=False), hashlib.sha256()
+    tensors = {}
+    buffer = read_buffer()
+    with (directory / shard.file).open("rb", buffering=0) as file:
+        for record in shard.records:
+            # A shard of one tensor has that tensor's hash.
+            digest = hashlib.sha256() if len(shard.records) > 1 else None
+            left = record.nbytes
+            while left:
+                size = file.readinto(buffer[:left])
+                if not size:
+                    raise OSError(errno.EIO, f"{shard.file} ends too early")
+                piece = buffer[:size]
+                md5.update(piece)
+                whole.update(piece)
+                if digest is not None:
+                    digest.update(piece)
+                left -= size
+            tensors[record.name] = (digest or whole).hexdigest()
+    return SealedShard(replace(shard, md5=md5.hexdigest()), whole.hexdigest(), tensors)
 
 
 class TensorCacheWriter:
-    """Writes the shards of `params` into `directory`, tensor by tensor, in the given order.
+    """Writes the shards of `params` into `directory`: any bytes of any tensor, in any order.
 
-    `write` takes a tensor's bytes in as many pieces as suits the caller; `finish` writes
-    tensor-cache.json. OSError comes through as it is.
+    Several threads may write at once. OSError comes through as it is. The caller knows when a
+    shard is complete and then seals it; `finish` writes tensor-cache.json.
     """
 
     def __init__(self, directory: Path, params: Sequence[StoredParam]) -> None:
         self.shards = plan_shards(params)
-        self.files: list[WrittenFile] = []
-        self.tensor_sha256: dict[str, str] = {}
         self._directory = directory
-        self._order = [param.name for param in params]
         self._place = {r.name: (i, r) for i, s in enumerate(self.shards) for r in s.records}
-        self._open: dict[int, _OpenShard] = {}
-        self._done: dict[int, Shard] = {}
-        self._sha256 = hashlib.sha256()
-        self._written = 0
+        self._lock = threading.Lock()
+        self._open: dict[int, int] = {}
 
     def __enter__(self) -> TensorCacheWriter:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        for shard in self._open.values():
-            shard.file.close()
+    def __exit__(self, *_: object) -> None:
+        for handle in self._open.values():
+            os.close(handle)
+        self._open.clear()
 
-    def write(self, name: str, data: npt.NDArray[Any]) -> None:
-        """Appends the next bytes of tensor `name`, which must be the current one."""
-        if not self._order or name != self._order[0]:
-            raise ValueError(f"tensor {name} is out of order")
+    def shard_of(self, name: str) -> int:
+        """The index of the shard that holds a tensor."""
+        return self._place[name][0]
+
+    def write(self, name: str, data: npt.NDArray[Any], at: int) -> None:
+        """Writes `data` from byte `at` of tensor `name` on."""
         index, record = self._place[name]
-        if index not in self._open:
-            self._open[index] = _OpenShard(self.shards[index], self._directory)
-        shard = self._open[index]
-        piece = np.ascontiguousarray(data)
-        view = piece.reshape(-1).view(np.uint8).data
-        self._written += len(view)
-        if self._written > record.nbytes:
-            raise ValueError(f"tensor {name} has more than {record.nbytes} bytes")
-        shard.append(view)
-        self._sha256.update(view)
-        if self._written == record.nbytes:
-            self._end_tensor(index, record)
+        view = np.ascontiguousarray(data).reshape(-1).view(np.uint8).data
+        if at < 0 or at + len(view) > record.nbytes:
+            raise ValueError(f"tensor {name} has no bytes {at} to {at + len(view)}")
+        self._write(self._handle(index), view, record.offset + at)
 
-    def _end_tensor(self, index: int, record: Record) -> None:
-        self._order.pop(0)
-        self.tensor_sha256[record.name] = self._sha256.hexdigest()
-        self._sha256, self._written = hashlib.sha256(), 0
-        shard = self._open[index]
-        if shard.written == shard.shard.nbytes:
-            shard.file.close()
-            del self._open[index]
-            planned = shard.shard
-            md5 = shard.md5.hexdigest()
-            self._done[index] = Shard(planned.file, planned.nbytes, planned.records, md5)
-            self.files.append(WrittenFile(planned.file, planned.nbytes, shard.sha256.hexdigest()))
+    def write_columns(self, name: str, data: npt.NDArray[Any], first: int) -> None:
+        """Writes `data` [rows, some columns] of a tensor [rows, columns], from `first` on."""
+        index, record = self._place[name]
+        rows, count = data.shape
+        if rows != record.shape[0] or not 0 <= first <= first + count <= record.shape[1]:
+            raise ValueError(f"tensor {name} has no columns {first} to {first + count}")
+        handle, data = self._handle(index), np.ascontiguousarray(data)
+        view = data.reshape(-1).view(np.uint8).data
+        width = count * data.itemsize
+        stride = record.shape[1] * data.itemsize
+        if width == stride:
+            self._write(handle, view, record.offset)
+            return
+        start = record.offset + first * data.itemsize
+        for row in range(rows):
+            piece = view[row * width : (row + 1) * width]
+            self._write(handle, piece, start + row * stride)
 
-    def finish(self, *, source_elements: int) -> None:
-        """Writes tensor-cache.json; all tensors must have been written.
+    def seal(self, indices: Sequence[int], hasher: Hasher | None = None) -> list[SealedShard]:
+        """Hashes shards whose bytes have all been written."""
+        return hash_shards(self._directory, [self.shards[index] for index in indices], hasher)
 
-        source_elements: elements of the unquantised parameters, for bits per parameter.
+    def sync(self, index: int) -> None:
+        """Waits until a shard's bytes are on the disk and closes it."""
+        handle = self._handle(index)
+        os.fsync(handle)
+        with self._lock:
+            os.close(self._open.pop(index))
+
+    def finish(
+        self, sealed: Sequence[SealedShard], *, source_elements: int
+    ) -> tuple[WrittenFile, ...]:
+        """Writes tensor-cache.json; returns it and the shards.
+
+        sealed: every shard, in order. source_elements: elements of the unquantised parameters,
+        for bits per parameter.
         """
-        if self._order:
-            raise ValueError(f"tensor {self._order[0]} was not written")
-        shards = [self._done[i] for i in range(len(self.shards))]
-        total = sum(shard.nbytes for shard in shards)
+        if tuple(replace(one.shard, md5="") for one in sealed) != self.shards:
+            raise ValueError("not every shard is sealed")
+        total = sum(shard.nbytes for shard in self.shards)
         document = {
             "metadata": {
-                "ParamSize": sum(len(shard.records) for shard in shards),
+                "ParamSize": sum(len(shard.records) for shard in self.shards),
                 "ParamBytes": float(total),
                 "BitsPerParam": 8.0 * total / source_elements,
             },
-            "records": [_shard_json(shard) for shard in shards],
+            "records": [_shard_json(one.shard) for one in sealed],
         }
         data = json.dumps(document, indent=4).encode()
         (self._directory / TENSOR_CACHE).write_bytes(data)
-        self.files.append(WrittenFile(TENSOR_CACHE, len(data), hashlib.sha256(data).hexdigest()))
+        index = WrittenFile(TENSOR_CACHE, len(data), hashlib.sha256(data).hexdigest())
+        return (*(one.written for one in sealed), index)
+
+    def _handle(self, index: int) -> int:
+        with self._lock:
+            if index not in self._open:
+                # What an interrupted run left is written over.
+                path = self._directory / self.shards[index].file
+                flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0)
+                self._open[index] = os.open(path, flags, 0o666)
+                _reserve(self._open[index], self.shards[index].nbytes)
+            return self._open[index]
+
+    def _write(self, handle: int, view: memoryview, offset: int) -> None:
+        while view:
+            if hasattr(os, "pwrite"):
+                size = os.pwrite(handle, view, offset)
+            else:  # Windows
+                with self._lock:
+                    os.lseek(handle, offset, os.SEEK_SET)
+                    size = os.write(handle, view)
+            view, offset = view[size:], offset + size
+
+
+def _reserve(handle: int, size: int) -> None:
+    """Gives a file its final size, with its place on the disk where the system can do that."""
+    os.ftruncate(handle, size)
+    if hasattr(os, "posix_fallocate") and size:
+        try:
+            os.posix_fallocate(handle, 0, size)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+                raise
 
 
 def _shard_json(shard: Shard) -> dict[str, Any]:

@@ -13,12 +13,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final, Protocol
 
 from mlc_compile.config import parse_json_strict, read_json_strict
 from mlc_compile.errors import InputError
+from mlc_compile.weights.files import Location
 
 COPIED_FILES: Final = (
     "tokenizer.json",
@@ -58,7 +58,7 @@ class TokenizerSource(Protocol):
 class DirectoryTokenizer:
     """The tokenizer files of a Hugging Face directory."""
 
-    path: Path
+    path: Location
 
     def tokenizer_json(self) -> dict[str, Any]:
         """tokenizer.json; InputError if there is none."""
@@ -177,7 +177,7 @@ class GgufTokenizer:
     """A tokenizer rebuilt from GGUF metadata. Byte-level BPE (`gpt2`) only."""
 
     metadata: Mapping[str, Any]
-    path: Path
+    path: Location
 
     def tokenizer_json(self) -> dict[str, Any]:
         """tokenizer.json as the model's authors would have published it.
@@ -393,14 +393,17 @@ def token_ids(tokenizer_json: Mapping[str, Any]) -> dict[str, int]:
         ids = {
             entry[0]: number
             for number, entry in enumerate(vocab)
-            if isinstance(entry, list) and entry
+            if isinstance(entry, list) and entry and isinstance(entry[0], str)
         }
     elif isinstance(vocab, dict):
         ids = dict(vocab)
     else:
         raise InputError("tokenizer.json has no vocabulary (model.vocab)", hint=_AGAIN)
+    added = tokenizer_json.get("added_tokens") or []
+    if not isinstance(added, list):
+        raise InputError("tokenizer.json has no list of added tokens", hint=_AGAIN)
     seen = set()
-    for token in tokenizer_json.get("added_tokens") or ():
+    for token in added:
         content = token.get("content") if isinstance(token, dict) else None
         if not isinstance(content, str):
             raise InputError(f"tokenizer.json has an invalid added token {token!r}", hint=_AGAIN)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from safetensors import safe_open
 
 from mlc_compile.errors import InputError
 from mlc_compile.weights.checkpoint import SOURCE_FORMATS, open_checkpoint
+from mlc_compile.weights.files import MappedFile
 from mlc_compile.weights.reader import numpy_dtype
 from mlc_compile.weights.st import DTYPES, SafetensorsFile
 
@@ -271,18 +273,10 @@ def test_single_file_and_unrelated_index(tmp_path: Path) -> None:
         open_checkpoint(make_dir(tmp_path, files))
 
 
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "consolidated.00.pth", "model.pt"])
-def test_pickles_are_refused_unread(tmp_path: Path, name: str) -> None:
-    make_dir(tmp_path, {name: b"\x80\x04cos\nsystem\n"})
-    for path in (tmp_path, tmp_path / name):
-        with pytest.raises(InputError, match=r"pickled weights.*safetensors"):
-            open_checkpoint(path)
-
-
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({}, "no .safetensors file"),
+        ({}, "no .safetensors or .bin file"),
         ({"x.safetensors": ONE, "y.safetensors": TWO}, "2 safetensors files and no"),
         ({"model.safetensors": ONE, "generation_config.json": b"[]"}, "generation_config.json"),
     ],
@@ -302,13 +296,73 @@ def test_paths_that_are_not_checkpoints(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"no \.gguf file"):
         open_checkpoint(tmp_path, "gguf")
     (tmp_path / "notes.txt").write_text("hello")
-    with pytest.raises(InputError, match="neither"):
+    with pytest.raises(InputError, match=r"neither a \.safetensors nor a torch nor a GGUF"):
         open_checkpoint(tmp_path / "notes.txt")
     (tmp_path / "lone.safetensors").write_bytes(ONE)
     with pytest.raises(InputError, match=r"no config\.json beside"):
         open_checkpoint(tmp_path / "lone.safetensors")
     with pytest.raises(InputError, match=f"supported: {', '.join(SOURCE_FORMATS)}"):
-        open_checkpoint(tmp_path, "torch")
+        open_checkpoint(tmp_path, "tensorflow")
+
+
+@pytest.mark.parametrize("kind", ["fifo", "device", "directory", "loop"])
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "x.gguf"])
+def test_special_files_are_refused_without_hanging(tmp_path: Path, kind: str, name: str) -> None:
+    make_dir(tmp_path, {})
+    path = tmp_path / name
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "directory":
+        path.mkdir()
+    else:
+        path.symlink_to("/dev/zero" if kind == "device" else path)
+    for where in (tmp_path, path):
+        with pytest.raises(InputError):
+            open_checkpoint(where)
+    with pytest.raises(InputError):
+        MappedFile(path)
+    index = {"weight_map": {"a": "model.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(InputError):
+        open_checkpoint(tmp_path)
+
+
+def test_links_to_files_elsewhere_are_followed(tmp_path: Path) -> None:
+    """As the cache of Hugging Face's hub has them."""
+    blobs = make_dir(tmp_path / "blobs", {"0123": ONE})
+    snapshot = tmp_path / "snapshots" / "main"
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").symlink_to(Path("../../blobs/config.json"))
+    (snapshot / "model.safetensors").symlink_to(Path("../../blobs/0123"))
+    checkpoint = open_checkpoint(snapshot)
+    assert checkpoint.tensors["a"].file == "model.safetensors"
+    assert list(checkpoint.source_files) == [
+        snapshot / "config.json",
+        snapshot / "model.safetensors",
+    ]
+    assert blobs.is_dir()
+
+
+def test_sources_are_read_and_watched(tmp_path: Path) -> None:
+    make_dir(tmp_path, {"model.safetensors": ONE})
+    config, weights = open_checkpoint(tmp_path).sources
+    assert (config.name, weights.name, weights.size) == (
+        "config.json",
+        "model.safetensors",
+        len(ONE),
+    )
+    buffer = memoryview(bytearray(7))
+    read = b""
+    while count := weights.readinto(len(read), buffer):
+        read += buffer[:count]
+    assert read == ONE
+    weights.check()
+    os.utime(tmp_path / "model.safetensors", ns=(1, 1))
+    with pytest.raises(InputError, match="was changed while it was read"):
+        weights.check()
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(InputError, match="cannot read"):
+        weights.check()
 
 
 def test_an_unknown_tensor_name_is_an_input_error(tmp_path: Path) -> None:

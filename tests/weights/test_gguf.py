@@ -93,9 +93,9 @@ def test_unpermute_inverts_llama_cpp_for_any_heads_and_rows() -> None:
     for heads, dim in ((1, 2), (3, 8), (9, 64)):
         rows = np.arange(heads * dim)
         stored = permute(rows, heads)
-        np.testing.assert_array_equal(stored[unpermute_rows(0, heads * dim, dim)], rows)
+        np.testing.assert_array_equal(stored[unpermute_rows(rows, dim)], rows)
         np.testing.assert_array_equal(
-            stored[unpermute_rows(dim // 2, heads * dim - 1, dim)], rows[dim // 2 : -1]
+            stored[unpermute_rows(rows[dim // 2 : -1], dim)], rows[dim // 2 : -1]
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,9 @@ from mlc_compile.errors import CheckFailedError, InputError
 from mlc_compile.quantization.policy import StoredParam
 from mlc_compile.quantization.scheme import numpy_dtype
 from mlc_compile.weights.tensor_cache import (
+    SealedShard,
     TensorCacheWriter,
+    WrittenFile,
     load_params,
     open_tensor_cache,
     plan_shards,
@@ -39,13 +42,17 @@ def values(param: StoredParam) -> np.ndarray:
     return rng.standard_normal(param.shape).astype(dtype)
 
 
-def write(directory: Path, params: tuple[StoredParam, ...] = PARAMS) -> TensorCacheWriter:
+def write(
+    directory: Path, params: tuple[StoredParam, ...] = PARAMS
+) -> tuple[tuple[SealedShard, ...], tuple[WrittenFile, ...]]:
     with TensorCacheWriter(directory, params) as writer:
-        for param in params:
-            for row in values(param):  # in pieces, as a conversion does
-                writer.write(param.name, row[None])
-        writer.finish(source_elements=1000)
-    return writer
+        for param in reversed(params):
+            rows = values(param)
+            for i in reversed(range(len(rows))):  # in pieces of any order, as a conversion does
+                writer.write(param.name, rows[i : i + 1], i * rows[0].nbytes)
+        sealed = tuple(writer.seal(range(len(writer.shards))))
+        writer.sync(0)
+        return sealed, writer.finish(sealed, source_elements=1000)
 
 
 def sizes(*counts: int) -> list[StoredParam]:
@@ -85,7 +92,7 @@ def test_the_cap_is_32_mib() -> None:
 
 
 def test_document(tmp_path: Path) -> None:
-    writer = write(tmp_path)
+    sealed, files = write(tmp_path)
     text = (tmp_path / "tensor-cache.json").read_text()
     document = json.loads(text)
     assert text.startswith('{\n    "metadata"')  # indent 4
@@ -114,13 +121,13 @@ def test_document(tmp_path: Path) -> None:
     }
     # float32 is real float32.
     assert (shard["records"][3]["format"], shard["records"][3]["nbytes"]) == ("raw", 36)
-    assert writer.tensor_sha256 == {
+    assert sealed[0].tensor_sha256 == {
         param.name: hashlib.sha256(values(param).tobytes()).hexdigest() for param in PARAMS
     }
-    for file in writer.files:
+    for file in files:
         content = (tmp_path / file.name).read_bytes()
         assert (file.nbytes, file.sha256) == (len(content), hashlib.sha256(content).hexdigest())
-    assert {file.name for file in writer.files} == {"params_shard_0.bin", "tensor-cache.json"}
+    assert {file.name for file in files} == {"params_shard_0.bin", "tensor-cache.json"}
 
 
 def test_round_trip_in_any_order(tmp_path: Path) -> None:
@@ -140,8 +147,8 @@ def test_shards_of_a_large_set_are_all_read(tmp_path: Path) -> None:
     params = [StoredParam(f"t{i}", (3 << 20,), "uint32") for i in range(5)]  # 12 MiB each
     with TensorCacheWriter(tmp_path, params) as writer:
         for i, param in enumerate(params):
-            writer.write(param.name, np.full(param.shape, i, np.uint32))
-        writer.finish(source_elements=1)
+            writer.write(param.name, np.full(param.shape, i, np.uint32), 0)
+        writer.finish(writer.seal(range(3)), source_elements=1)
     assert len(list(tmp_path.glob("params_shard_*.bin"))) == 3
     for i, array in enumerate(load_params(tmp_path, [p.name for p in params], check_md5=True)):
         assert array[0] == array[-1] == i
@@ -159,16 +166,42 @@ def test_other_writers_narrowed_float32_is_widened(tmp_path: Path) -> None:
     np.testing.assert_array_equal(array, [1.5, -2.0, 3.0])
 
 
+def test_columns(tmp_path: Path) -> None:
+    params = (StoredParam("a", (5,), "float16"), StoredParam("b", (4, 7), "uint32"))
+    whole = values(params[1])
+    with TensorCacheWriter(tmp_path, params) as writer:
+        writer.write("a", values(params[0]), 0)
+        for columns in (slice(5, 7), slice(0, 3), slice(3, 5)):
+            writer.write_columns("b", whole[:, columns], columns.start)
+        writer.finish(writer.seal([0]), source_elements=1)
+        np.testing.assert_array_equal(load_params(tmp_path, ["b"], check_md5=True)[0], whole)
+        writer.write_columns("b", whole[::-1], 0)
+    np.testing.assert_array_equal(load_params(tmp_path, ["b"])[0], whole[::-1])
+
+
+def test_a_shard_of_one_tensor_is_hashed_once(tmp_path: Path) -> None:
+    (sealed,), (file, _) = write(tmp_path, PARAMS[:1])
+    assert sealed.sha256 == sealed.tensor_sha256["a.q_weight"] == file.sha256
+
+
 def test_misuse_of_the_writer_is_refused(tmp_path: Path) -> None:
     with TensorCacheWriter(tmp_path, PARAMS) as writer:
-        with pytest.raises(ValueError, match="out of order"):
-            writer.write("n.weight", values(PARAMS[2]))
-        with pytest.raises(ValueError, match="more than 128"):
-            writer.write("a.q_weight", np.zeros(33, np.uint32))
+        for at, size in ((0, 33), (1, 32), (-1, 1)):
+            with pytest.raises(ValueError, match=r"a\.q_weight has no bytes"):
+                writer.write("a.q_weight", np.zeros(size, np.uint32), at)
+        for rows, columns, first in ((4, 9, 0), (4, 1, 8), (3, 1, 0), (4, 1, -1)):
+            with pytest.raises(ValueError, match=r"a\.q_weight has no columns"):
+                writer.write_columns("a.q_weight", np.zeros((rows, columns), np.uint32), first)
+        with pytest.raises(ValueError, match="not every shard is sealed"):
+            writer.finish([], source_elements=1)
+
+
+def test_a_shard_that_ends_too_early_is_not_sealed(tmp_path: Path) -> None:
     with TensorCacheWriter(tmp_path, PARAMS) as writer:
-        writer.write("a.q_weight", values(PARAMS[0])[:2])
-        with pytest.raises(ValueError, match=r"a\.q_weight was not written"):
-            writer.finish(source_elements=1)
+        writer.write("a.q_weight", values(PARAMS[0]), 0)
+        os.truncate(tmp_path / writer.shards[0].file, 100)
+        with pytest.raises(OSError, match="ends too early"):
+            writer.seal([0])
 
 
 def test_unknown_tensor(tmp_path: Path) -> None:
