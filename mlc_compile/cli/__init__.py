@@ -22,6 +22,7 @@ COMMANDS = (
     "plan",
     "run",
     "verify",
+    "quality",
     "inspect",
     "bench",
     "list",

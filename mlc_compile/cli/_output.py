@@ -111,16 +111,22 @@ def _bar(of_bytes: bool) -> Iterator[Progress]:
         console=Console(stderr=True),
         transient=True,
     ) as bar:
-        task = bar.add_task("", total=None)
-        yield lambda label, done, total: bar.update(
-            task, description=label, completed=done, total=total
-        )
+        task: progress.TaskID | None = None
+
+        def update(label: str, done: int, total: int) -> None:
+            nonlocal task
+            if task is None:  # what an earlier run had done has no part in the rate
+                task = bar.add_task(label, completed=done, total=total)
+            bar.update(task, description=label, completed=done, total=total)
+
+        yield update
 
 
 class PlainProgress:
     """Progress as whole lines: at the end, and every few seconds before it.
 
-    Steps (not bytes) are few and each gets its line when it starts.
+    Steps (not bytes) are few and each gets its line when it starts. The rate of bytes is what came
+    after the first call: that tells what an earlier run had done already.
     """
 
     def __init__(
@@ -134,9 +140,12 @@ class PlainProgress:
         self.clock = clock
         self.started = self.last = clock()
         self.label: str | None = None
+        self.first: tuple[float, int] | None = None
 
     def __call__(self, label: str, done: int, total: int) -> None:
         now = self.clock()
+        since, before = self.first or (self.started, 0)
+        self.first = self.first or (now, done)
         new_step = not self.of_bytes and label != self.label
         if not (new_step or done >= total or now - self.last >= PLAIN_LINE_SECONDS):
             return
@@ -144,7 +153,7 @@ class PlainProgress:
         seconds = now - self.started
         count = f"{done}/{total}"
         if self.of_bytes:
-            rate = done / seconds if seconds > 0 else 0.0
+            rate = (done - before) / (now - since) if now > since else 0.0
             count = f"{done / 1e6:.1f}/{total / 1e6:.1f} MB, {rate / 1e6:.1f} MB/s"
             if 0 < done < total:
                 count += f", {(total - done) / rate:.0f} s left" if rate else ""

@@ -109,7 +109,19 @@ def existing(**kinds: bool) -> click.Path:
     return click.Path(exists=True, path_type=Path, **kinds)
 
 
+class SourceType(click.Path):
+    """A path that must exist, or a URL; converts to `Path` or str."""
+
+    name = "path|url"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if isinstance(value, str) and "://" in value:
+            return value
+        return super().convert(value, param, ctx)
+
+
 MODEL = existing()
+SOURCE = SourceType(exists=True, path_type=Path)
 MODEL_DIR = existing(file_okay=False)
 LIBRARY = existing(dir_okay=False)
 OUT_DIR = click.Path(file_okay=False, path_type=Path)
@@ -119,6 +131,29 @@ OVERRIDES = OverridesType()
 
 quantization_option = click.option(
     "--quantization", required=True, metavar="NAME", help="Scheme; see `list quantizations`."
+)
+
+
+def _joined(_context: click.Context, _param: click.Parameter, given: tuple[str, ...]) -> str:
+    return ",".join(given)
+
+
+override_option = click.option(
+    "--override",
+    multiple=True,
+    callback=_joined,
+    metavar="PATTERN=SCHEME,…",
+    help="Hold the weights that match by another scheme, such as "
+    "'lm_head=q8f16_1,layers.0-1.*=q8f16_1'. The first match counts; may be given again.",
+)
+scales_option = click.option(
+    "--scales",
+    type=click.Choice(["auto", "absmax", "signed", "mse"]),
+    default="auto",
+    show_default=True,
+    help="How the scale of a group is chosen: absmax is from its largest weight, as MLC does; "
+    "signed so that all codes are used; mse by a search for the least squared error; auto is "
+    "signed for up to 4 bits and absmax for others. All give the same format.",
 )
 model_type_option = click.option(
     "--model-type",
@@ -140,10 +175,17 @@ prove_option = click.option(
 )
 source_format_option = click.option(
     "--source-format",
-    type=click.Choice(["auto", "safetensors", "gguf"]),
+    type=click.Choice(["auto", "safetensors", "torch", "gguf"]),
     default="auto",
     show_default=True,
-    help="How MODEL is stored.",
+    help="How MODEL is stored; auto takes safetensors where there are several.",
+)
+lora_option = click.option(
+    "--lora",
+    type=SourceType(exists=True, file_okay=False, path_type=Path),
+    multiple=True,
+    metavar="DIR",
+    help="Merge a PEFT LoRA adapter into the weights; may be given again.",
 )
 target_option = click.option(
     "--target",

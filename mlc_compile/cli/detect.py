@@ -9,7 +9,7 @@ import click
 
 from mlc_compile.cli._models import detect
 from mlc_compile.cli._output import Output, examples, output_options
-from mlc_compile.cli._params import MODEL, model_type_option, prove_option, source_format_option
+from mlc_compile.cli._params import SOURCE, model_type_option, prove_option, source_format_option
 
 if TYPE_CHECKING:
     from mlc_compile.models.structure import Detection
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
         "mlc_compile detect ./my_llama --model-type llama --prove --json",
     ),
 )
-@click.argument("model", type=MODEL)
+@click.argument("model", type=SOURCE)
 @source_format_option
 @model_type_option
 @prove_option
 @output_options
 def command(
-    model: Path, source_format: str, model_type: str, prove: bool, out: Output
+    model: Path | str, source_format: str, model_type: str, prove: bool, out: Output
 ) -> Detection:
     """Say what architecture a checkpoint is, and why.
 

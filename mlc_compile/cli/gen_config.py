@@ -10,11 +10,12 @@ import click
 from mlc_compile.cli._models import open_model
 from mlc_compile.cli._output import Output, examples, output_options
 from mlc_compile.cli._params import (
-    MODEL,
     OUT_DIR,
+    SOURCE,
     allow_experimental_option,
     compile_number_options,
     model_type_option,
+    override_option,
     prove_option,
     quantization_option,
     source_format_option,
@@ -29,10 +30,13 @@ from mlc_compile.cli._params import (
         "    --context-window-size 4096 --prefill-chunk-size 512 --max-batch-size 4",
         "mlc_compile gen_config ./mistral --quantization q4f16_1 -o out \\",
         "    --sliding-window-size 4096 --attention-sink-size 4",
+        "mlc_compile gen_config ./mistral --quantization q4f16_1 -o out \\",
+        "    --override 'lm_head=q8f16_1,layers.0-1.*=q8f16_1'",
     ),
 )
-@click.argument("model", type=MODEL)
+@click.argument("model", type=SOURCE)
 @quantization_option
+@override_option
 @click.option("-o", "--output", type=OUT_DIR, required=True, help="Directory of the artefacts.")
 @click.option(
     "--conv-template",
@@ -49,8 +53,9 @@ from mlc_compile.cli._params import (
 @allow_experimental_option
 @output_options
 def command(
-    model: Path,
+    model: Path | str,
     quantization: str,
+    override: str,
     output: Path,
     conv_template: str,
     overwrite: bool,
@@ -63,19 +68,21 @@ def command(
 ) -> None:
     """Write mlc-chat-config.json and the tokenizer files.
 
-    MODEL is a Hugging Face directory, a .safetensors file beside its config.json, or a .gguf
-    file. The window, chunk and batch sizes plan the memory of the compiled library. Those not given
-    are read from the checkpoint and capped to what an ordinary machine holds; the command says
-    what it chose and why.
+    MODEL is a Hugging Face directory, a .safetensors or torch file beside its config.json, or a
+    .gguf file, here or behind a URL. The window, chunk and batch sizes plan the memory of the
+    compiled library. Those not given are read from the checkpoint and capped to what an ordinary
+    machine holds; the command says what it chose and why.
     """
     from mlc_compile.chat_config import gen_config
     from mlc_compile.config import resolve_compile_config
+    from mlc_compile.quantization.policy import with_overrides
     from mlc_compile.quantization.scheme import get_scheme
     from mlc_compile.weights.checkpoint import open_checkpoint
 
-    scheme = get_scheme(quantization)
+    base = get_scheme(quantization)
     source = open_checkpoint(model, source_format=source_format)
     arch = open_model(source, model_type, out, prove=prove, allow_experimental=allow_experimental)
+    scheme = with_overrides(base, override, arch)
     config = resolve_compile_config(arch.config, **numbers)
     report = gen_config(
         source,

@@ -20,14 +20,16 @@ def models() -> list[dict[str, Any]]:
 
 
 def quantizations() -> list[dict[str, Any]]:
-    """One row for each registered scheme; 0 bits means not quantised."""
+    """One row for each registered scheme; 0 bits means not quantised, a group of 0 that a whole
+    row shares its scale."""
     from mlc_compile.quantization.scheme import SCHEMES
 
     return [
         {
             "name": name,
             "bits": scheme.bits,
-            "group_size": scheme.group_size if scheme.bits else 0,
+            "codes": scheme.kind,
+            "group_size": scheme.group_size,
             "model_dtype": scheme.model_dtype,
             "layout": scheme.layout,
             "label": scheme.label,

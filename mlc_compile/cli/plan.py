@@ -12,6 +12,7 @@ from mlc_compile.cli._params import (
     budget_option,
     existing,
     model_type_option,
+    override_option,
     overrides_option,
     target_option,
 )
@@ -30,6 +31,7 @@ from mlc_compile.cli._params import (
 @click.argument("source", metavar="SOURCE", type=existing())
 @target_option
 @click.option("--quantization", metavar="NAME", help="Scheme; needed for a checkpoint.")
+@override_option
 @model_type_option
 @overrides_option
 @budget_option
@@ -43,6 +45,7 @@ def command(
     source: Path,
     target: str,
     quantization: str | None,
+    override: str,
     model_type: str,
     overrides: dict[str, int],
     budget: int | None,
@@ -59,9 +62,10 @@ def command(
     """
     if fit and budget is None:
         raise click.UsageError("--fit needs --budget", click.get_current_context())
-    if fit and quantization is not None:
+    if fit and (quantization is not None or override):
         raise click.UsageError(
-            "--fit chooses the scheme: leave --quantization out", click.get_current_context()
+            "--fit chooses the scheme: leave --quantization and --override out",
+            click.get_current_context(),
         )
     context = click.get_current_context()
     if fit and context.get_parameter_source("model_type") is not ParameterSource.DEFAULT:
@@ -80,7 +84,7 @@ def command(
     from mlc_compile.targets.profile import get_target
 
     profile, _ = get_target(target)
-    inputs = load_plan_inputs(source, profile, quantization, overrides, model_type)
+    inputs = load_plan_inputs(source, profile, quantization, overrides, model_type, override)
     for note in inputs.config.notes:
         out.detail(note)
     plan = estimate_plan(inputs.model, inputs.scheme, inputs.config, profile)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Final
 
+from mlc_compile.chat_config import OVERRIDES_KEY
 from mlc_compile.compiler.memory import MemoryPlan, format_bytes
 from mlc_compile.errors import InputError
 from mlc_compile.manifest import (
@@ -65,7 +66,10 @@ class LibraryReport:
     def memory_plan(self) -> MemoryPlan:
         """The compiler's own."""
         plan = self.ours["memory_plan"]
-        return MemoryPlan(**{field.name: plan[field.name] for field in fields(MemoryPlan)})
+        found = {field.name: plan.get(field.name) for field in fields(MemoryPlan)}
+        if not all(type(size) is int and 0 <= size < 1 << 60 for size in found.values()):
+            raise InputError(f"{self.path}: its metadata is damaged at 'memory_plan'")
+        return MemoryPlan(**found)
 
     def to_json(self) -> dict[str, Any]:
         """JSON-ready data, the whole metadata included."""
@@ -81,8 +85,9 @@ class LibraryReport:
     def to_text(self) -> str:
         """The same for people."""
         meta, ours = self.metadata, self.ours
-        label = _label(ours.get("architecture") or {"label": ours["architecture_label"]})
-        model = f"{meta['model_type']} {meta['quantization']} ({label})"
+        label = _label(ours.get("architecture") or {"label": ours.get("architecture_label")})
+        held = f"{meta['quantization']}{_overrides(meta, OVERRIDES_KEY)}"
+        model = f"{meta['model_type']} {held} ({label})"
         sizes = [f"{name} {meta[name]}" for name in _SIZES if meta.get(name, -1) != -1]
         functions = ours["functions"]
         rows = [
@@ -140,6 +145,12 @@ class ParamsReport:
             )
         return found
 
+    def _sources(self) -> list[str]:
+        """Names of the files that it was made from."""
+        files = self._section("source").get("files")
+        listed = files if isinstance(files, list) else []
+        return [str(file.get("name")) for file in listed if isinstance(file, dict)]
+
     def to_json(self) -> dict[str, Any]:
         """JSON-ready data, the whole manifest included."""
         found: dict[str, Any] = {
@@ -164,13 +175,13 @@ class ParamsReport:
             ("model", f"{arch.get('name')} ({_label(arch)})"),
             (
                 "scheme",
-                f"{scheme.get('name')} ({scheme.get('label')}), "
+                f"{scheme.get('name')} ({scheme.get('label')}){_overrides(scheme)}, "
                 f"{manifest.get('effective_bits_per_weight')} bits per weight",
             ),
             ("tensors", f"{len(manifest['tensors'])}: {_parts(self.dtypes)}"),
             (
                 "source",
-                f"{source.get('format')}: " + ", ".join(f["name"] for f in source.get("files", ())),
+                f"{source.get('format')}: {', '.join(self._sources())}",
             ),
             ("made by", ", ".join(f"{name} {found}" for name, found in versions.items())),
             ("schema id", str(manifest.get("parameter_schema_id"))),
@@ -184,6 +195,18 @@ def _label(architecture: Mapping[str, Any]) -> str:
     """How far an architecture is proved, and by what where its name does not say it."""
     evidence = architecture.get("evidence")
     return f"{architecture.get('label')}" + (f": {evidence}" if evidence else "")
+
+
+def _overrides(section: Mapping[str, Any], key: str = "overrides") -> str:
+    """ ", but PATTERN=SCHEME, ..." for weights that another scheme holds."""
+    pairs = section.get(key)
+    if not isinstance(pairs, list):
+        return ""
+    return "".join(
+        f", {'' if i else 'but '}{'='.join(map(str, pair))}"
+        for i, pair in enumerate(pairs)
+        if isinstance(pair, list)
+    )
 
 
 def _registration(ours: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -40,9 +40,10 @@ from mlc_compile.models.options import (
 )
 from mlc_compile.models.params import ParamSpec
 from mlc_compile.models.spec import Model
-from mlc_compile.quantization.group import dequantize, narrow
+from mlc_compile.quantization.codec import decode, encode, nearest
+from mlc_compile.quantization.group import narrow
 from mlc_compile.quantization.policy import is_quantized, stored_layout, stored_params
-from mlc_compile.quantization.scheme import QuantScheme
+from mlc_compile.quantization.scheme import Layout, QuantScheme
 from mlc_compile.rope import RopeConfig
 from mlc_compile.runtime.formulas import (
     ACTIVATIONS,
@@ -77,6 +78,7 @@ that are left, then those of the call. So a sink is seen as far away as if what 
 this call had never been, and the next call sees it at another distance."""
 
 _ROUTER_UNITS = 4
+_BLOCK = 4 << 20  # elements of a stored weight that are compared at once
 _QUERY_BLOCK = 256  # bounds the score matrix of the numpy decoder
 
 
@@ -129,17 +131,26 @@ def stored_weights(model: Model, scheme: QuantScheme, directory: Path) -> dict[s
     Raises InputError where a tensor is missing.
     """
     cache = open_tensor_cache(directory)
-    return {spec.name: _stored(spec, scheme, cache) for spec in model.parameters()}
+    return {spec.name: stored_weight(spec, scheme, cache) for spec in model.parameters()}
 
 
-def _stored(spec: ParamSpec, scheme: QuantScheme, cache: TensorCache) -> Float32:
-    tensors = [cache.tensor(stored.name) for stored in stored_params(spec, scheme)]
+def stored_weight(spec: ParamSpec, scheme: QuantScheme, cache: TensorCache) -> Float32:
+    """A parameter of the opened files in float32, dequantised where it is packed."""
     if not is_quantized(spec, scheme):
-        return np.array(tensors[0], np.float32)
-    words, scales = (tensor.reshape(-1, tensor.shape[-1]) for tensor in tensors)
-    layout = stored_layout(spec, scheme)
-    whole = dequantize(words, scales, scheme, spec.shape[-1], layout=layout)
+        (stored,) = stored_params(spec, scheme)
+        return np.array(cache.tensor(stored.name), np.float32)
+    arrays, held, layout = _packed(spec, scheme, cache)
+    whole = decode(arrays, held, spec.shape[-1], layout=layout)
     return whole.astype(np.float32, copy=False).reshape(spec.shape)
+
+
+def _packed(
+    spec: ParamSpec, scheme: QuantScheme, cache: TensorCache
+) -> tuple[tuple[NDArray[Any], ...], QuantScheme, Layout]:
+    """A packed parameter's tensors, experts' rows one after the other, its scheme and layout."""
+    arrays = [cache.tensor(stored.name) for stored in stored_params(spec, scheme)]
+    flat = tuple(tensor.reshape(-1, tensor.shape[-1]) for tensor in arrays)
+    return flat, scheme.of(spec), stored_layout(spec, scheme)
 
 
 def checkpoint_weights(model: Model, checkpoint: Checkpoint) -> dict[str, Float32]:
@@ -170,8 +181,9 @@ class ParameterCheck:
     Attributes:
         compared: parameters.
         exact: those that equal the checkpoint's, rounded to the model dtype, bit for bit.
-        worst_steps: the largest deviation of a packed weight, in steps of its group's scale;
-            rounding to the nearest step gives 0.5.
+        worst_steps: the largest deviation of a packed weight, in units of its group's scale: 0.5
+            and a rounding for plain scales of whole numbers, more for those that clip and for
+            floating-point codes.
         faults: a sentence for each parameter that is not the checkpoint's.
     """
 
@@ -189,10 +201,15 @@ class ParameterCheck:
         }
 
 
-# Half a step, and what rounding weight, quotient and scale to the model dtype adds: at most 0.11
-# steps for 8 bits in float16, where quotients reach 254 and are apart by 0.125.
-MAX_STEPS = 0.75
-# A scale below the model dtype's smallest number is stored as 0, and its group with it.
+# By how much a weight may be further from the checkpoint's than the nearest one that its group's
+# stored scale allows, in units of that scale. A code that is one off is half a step further away on
+# average; rounding weight, quotient and sum to the model dtype brings at most 0.22 steps (8 bits in
+# float16, where quotients reach 254 and are apart by 0.125).
+MAX_FURTHER = 0.5
+# Scales that are searched have less error than plain ones; with an importance of columns the plain
+# error may be larger, but not by much where a tensor is the checkpoint's.
+MAX_ERROR = 2.0
+# Smallest number of the model dtype: below it there is nothing to compare.
 _SMALLEST = {"float16": 2.0**-24, "bfloat16": 2.0**-133, "float32": 2.0**-149}
 
 
@@ -201,7 +218,8 @@ def check_parameters(
 ) -> ParameterCheck:
     """Whether the parameter files are a conversion of `checkpoint`.
 
-    Plain tensors must equal the checkpoint's to the bit; packed ones lie within MAX_STEPS.
+    Plain tensors must equal the checkpoint's to the bit; the codes of packed ones must be the
+    nearest (MAX_FURTHER) for their scales, which must be about as good as plain ones (MAX_ERROR).
     """
     cache = open_tensor_cache(directory)
     exact, worst, faults = 0, 0.0, []
@@ -221,31 +239,49 @@ def check_parameters(
             if differ:
                 faults.append(f"{spec.name}: {differ} of {found.size} values differ")
             continue
-        steps = _steps_apart(spec, scheme, cache, np.asarray(original, np.float32))
+        steps, further, loss = _apart(spec, scheme, cache, np.asarray(original, np.float32))
         worst = max(worst, steps)
-        if not steps <= MAX_STEPS:
-            faults.append(f"{spec.name}: {steps:.3g} quantisation steps apart")
+        if not further <= MAX_FURTHER:
+            faults.append(f"{spec.name}: {further:.3g} steps further away than its scale allows")
+        elif not loss <= MAX_ERROR:
+            faults.append(f"{spec.name}: {loss:.3g} times the error of a plain conversion")
     checkpoint.release()
     return ParameterCheck(len(specs), exact, worst, tuple(faults))
 
 
-def _steps_apart(
+def _apart(
     spec: ParamSpec, scheme: QuantScheme, cache: TensorCache, original: Float32
-) -> float:
-    """The largest |stored - original| over its group's scale."""
-    scales = np.asarray(cache.tensor(stored_params(spec, scheme)[1].name), np.float32)
-    scales = scales.reshape(-1, scales.shape[-1])
-    if stored_layout(spec, scheme) == "KN":
-        scales = scales.T
-    apart = np.abs(_stored(spec, scheme, cache) - original).reshape(-1, spec.shape[-1])
-    apart -= scheme.max_int * _SMALLEST[scheme.model_dtype]
-    n, k = apart.shape
-    padded = np.zeros((n, scales.shape[1] * scheme.group_size), np.float32)
-    padded[:, :k] = apart
-    largest = padded.reshape(n, -1, scheme.group_size).max(axis=2)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        steps = np.where(largest <= 0, 0, largest / scales)
-    return float(steps.max())
+) -> tuple[float, float, float]:
+    """Of a packed parameter: (as ParameterCheck.worst_steps, as MAX_FURTHER, the root mean square
+    error as a multiple of a plain conversion's)."""
+    arrays, held, layout = _packed(spec, scheme, cache)
+    k, most = original.shape[-1], [0.0, 0.0]
+    errors = np.full(2, original.size * _SMALLEST[held.model_dtype] ** 2)
+    for rows, part in _blocks(original.reshape(-1, k), arrays, layout):
+        stored = decode(part, held, k, layout=layout).astype(np.float32)
+        best = nearest(rows, part, held, layout=layout).astype(np.float32)
+        scales = np.abs(np.asarray(part[1], np.float32))
+        scales[scales == 0] = np.inf  # weights too small for the model dtype are stored as 0
+        scales = np.repeat(scales.T if layout == "KN" else scales, held.group_of(k), axis=1)[:, :k]
+        apart = np.abs(stored - rows)
+        further = apart - np.abs(best - rows)
+        most = [
+            max(x, float((y / scales).max())) for x, y in zip(most, (apart, further), strict=True)
+        ]
+        plain = decode(encode(rows, held, layout=layout), held, k, layout=layout)
+        for i, weights in enumerate((stored, plain)):
+            errors[i] += np.square(weights.astype(np.float64) - rows).sum()
+    return most[0], most[1], math.sqrt(errors[0] / errors[1])
+
+
+def _blocks(
+    weight: Float32, arrays: tuple[NDArray[Any], ...], layout: Layout
+) -> Iterator[tuple[Float32, tuple[NDArray[Any], ...]]]:
+    """Some rows of a weight at a time, with those of its stored tensors."""
+    step = max(1, _BLOCK // weight.shape[1])
+    for start in range(0, len(weight), step):
+        rows = slice(start, start + step)
+        yield weight[rows], tuple(a[:, rows] if layout == "KN" else a[rows] for a in arrays)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -253,7 +289,7 @@ def _steps_apart(
 
 
 @dataclass(frozen=True)
-class _Rows:
+class Rows:
     """Tokens that go through the stack together.
 
     Attributes:
@@ -315,20 +351,29 @@ class NumpyReference:
         past: each layer's keys (not rotated) and values; grows.
         calls: how many tokens there were before the call that each token came with.
         """
-        arch, c = self.model.arch, self.model.config
         start = len(past[0][0]) if past else 0
-        at = _Rows(np.arange(start, start + len(tokens)), calls)
-        x = self.weights["model.embed_tokens.weight"][tokens] * np.float32(c.embedding_scale)
+        at = Rows(np.arange(start, start + len(tokens)), calls)
+        x = self._embed(tokens, at)
+        for i in range(self.model.config.num_hidden_layers):
+            x = self._layer(i, x, past, at)
+        return self._final(x)
+
+    def _embed(self, tokens: Int64, at: Rows) -> Float32:
+        """[n, hidden] that the first layer reads."""
+        arch = self.model.arch
+        scale = np.float32(self.model.config.embedding_scale)
+        x = self.weights["model.embed_tokens.weight"][tokens] * scale
         if isinstance(arch.positions, Learned):
             table = self.weights["model.embed_positions.weight"]
             x = x + table[at.positions + arch.positions.offset]
-        if arch.embed_norm:
-            x = self._norm(arch.norm, "model.embed_layernorm", x)
-        for i in range(c.num_hidden_layers):
-            x = self._layer(i, x, past, at)
+        return self._norm(arch.norm, "model.embed_layernorm", x) if arch.embed_norm else x
+
+    def _final(self, x: Float32) -> Float32:
+        """[n, hidden] that the head reads."""
+        arch = self.model.arch
         return self._norm(arch.norm, "model.norm", x) if arch.final_norm else x
 
-    def _layer(self, i: int, x: Float32, past: list[tuple[Float32, Float32]], at: _Rows) -> Float32:
+    def _layer(self, i: int, x: Float32, past: list[tuple[Float32, Float32]], at: Rows) -> Float32:
         """x [n, hidden] -> [n, hidden] (`models.options.Block`)."""
         block, scale = self.model.arch.block, np.float32(self.model.config.residual_scale)
 
@@ -357,9 +402,14 @@ class NumpyReference:
         return soft_cap(self._linear(name, hidden) * np.float32(c.logits_scale), c.logits_softcap)
 
     def _linear(self, name: str, x: Float32) -> Float32:
+        self._read(name, x)
         y = x @ self.weights[f"{name}.weight"].T
         bias = self.weights.get(f"{name}.bias")
         return y if bias is None else y + bias
+
+    def _read(self, name: str, x: Float32) -> None:
+        """Called with the rows [n, K] that the weight `name` is about to multiply; calibrate.py
+        listens here."""
 
     def _norm(self, option: Norm, name: str, x: Float32, shape: tuple[int, ...] = (-1,)) -> Float32:
         """Over the last axis of x. shape: what weight and bias are seen as."""
@@ -371,7 +421,7 @@ class NumpyReference:
     # -- attention
 
     def _attention(
-        self, i: int, x: Float32, past: list[tuple[Float32, Float32]], at: _Rows
+        self, i: int, x: Float32, past: list[tuple[Float32, Float32]], at: Rows
     ) -> Float32:
         """[n, hidden] -> [n, hidden]; `past` gets this layer's new keys and values."""
         name = f"model.layers.{i}.self_attn"
@@ -425,7 +475,7 @@ class NumpyReference:
             mask &= near | (keys < self.attention.sink)[None, :]
         return mask
 
-    def _attend(self, i: int, q: Float32, k: Float32, v: Float32, at: _Rows) -> Float32:
+    def _attend(self, i: int, q: Float32, k: Float32, v: Float32, at: Rows) -> Float32:
         """[n, query heads * d] of queries and keys that are not rotated yet."""
         c, kind = self.model.config, self.model.config.layers[i]
         n, heads, d = q.shape
@@ -502,8 +552,12 @@ class NumpyReference:
             tokens, slots = np.nonzero(experts == e)
             gate_up = self.weights[f"{name}.experts.gate_up_proj.weight"][e]
             down = self.weights[f"{name}.experts.down_proj.weight"][e]
-            gate, up = np.split(x[tokens] @ gate_up.T, 2, axis=-1)
-            given = (activation(gate) * up) @ down.T
+            routed = x[tokens]
+            self._read(f"{name}.experts.gate_up_proj", routed)
+            gate, up = np.split(routed @ gate_up.T, 2, axis=-1)
+            inner = activation(gate) * up
+            self._read(f"{name}.experts.down_proj", inner)
+            given = inner @ down.T
             y[tokens] += weights[tokens, slots][:, None] * given
         if numbers.shared_intermediate_size:
             shared = self._gated(f"{name}.shared_expert", x, activation)

@@ -23,7 +23,7 @@ from mlc_compile.compiler.metadata import config_fingerprint
 from mlc_compile.errors import InputError
 from mlc_compile.models.detect import load_model
 from mlc_compile.models.spec import Model, num_parameters
-from mlc_compile.quantization.scheme import QuantScheme, get_scheme
+from mlc_compile.quantization.scheme import QuantScheme
 from mlc_compile.runtime.compare import (
     ROUNDING,
     THRESHOLDS,
@@ -413,7 +413,7 @@ class _Subject:
         """Raises InputError where library, parameters and configuration do not fit together."""
         chat = ChatConfig.read(directory)
         model = chat.model()
-        scheme = get_scheme(chat.quantization)
+        scheme = chat.scheme(model)
         engine = VerifiedEngine.load(library, directory)
         meta = engine.library.metadata
         theirs, ours = (

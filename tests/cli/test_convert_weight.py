@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from subprocess import CompletedProcess
+from typing import Any
 
 import pytest
 from click.testing import Result
@@ -50,12 +52,66 @@ def test_same_bytes_with_either_spelling_and_any_jobs(
     assert contents(tmp_path / "convert_weight") == contents(tmp_path / "convert-weight")
 
 
-def test_dry_run_writes_nothing(tmp_path: Path, invoke: Callable[..., Result]) -> None:
+def test_dry_run_writes_nothing_and_tells_exact_sizes(
+    tmp_path: Path, invoke: Callable[..., Result]
+) -> None:
     out = tmp_path / "out"
-    result = invoke("convert_weight", TINY, "--quantization", "q0f32", "-o", str(out), "--dry-run")
+    words = ("convert_weight", TINY, "--quantization", "q4f16_1", "-o", str(out))
+    result = invoke(*words, "--dry-run")
     assert result.exit_code == 0
-    assert "q0f32" in result.stdout
+    assert "q4f16_1" in result.stdout and "an estimate" in result.stdout
+    told = json.loads(invoke(*words, "--dry-run", "--json", "--max-ram", "1GiB").stdout)
     assert list(tmp_path.iterdir()) == []
+    assert 0 < told["estimated_seconds"] < 60 and 0 < told["peak_ram_bytes"] <= 1 << 30
+    done = json.loads(invoke(*words, "--json").stdout)
+    shards = list(out.glob("params_shard_*.bin"))
+    assert told["parameter_bytes"] == sum(shard.stat().st_size for shard in shards)
+    assert told["shards"] == len(shards)
+    assert done.items() >= {key: told[key] for key in ("effective_bits_per_weight",)}.items()
+    errors = [entry["relative_error"] for entry in done["worst_relative_errors"]]
+    assert len(errors) == 10 and errors == sorted(errors, reverse=True) and 0 < errors[0] < 0.2
+
+
+def test_too_little_memory_names_the_least(tmp_path: Path, shell: Callable[..., Any]) -> None:
+    words = ("convert_weight", TINY, "--quantization", "q4f16_1", "-o", str(tmp_path / "out"))
+    refused = shell(*words, "--max-ram", "20MiB")
+    assert refused.returncode == 2
+    (least,) = re.findall(r"the smallest that works is --max-ram (\d+)MiB", refused.stderr)
+    assert list(tmp_path.iterdir()) == []
+    # What the process holds before it starts differs by a little from run to run.
+    assert shell(*words, "--max-ram", f"{int(least) + 2}MiB").returncode == 0
+
+
+def test_overrides_scales_and_calibration(tmp_path: Path, invoke: Callable[..., Result]) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("Once upon a time there was a little girl who liked to read. " * 40)
+    found = {}
+    for name, options in {
+        "plain": ["--scales", "absmax"],
+        "signed": [],
+        "mse": ["--scales", "mse"],
+        "calibrated": ["--calibrate", str(text)],
+        "override": ["--override", "embed_tokens=q8f16_1,layers.0.*=q8f16_1", "--scales", "absmax"],
+    }.items():
+        out = tmp_path / name
+        words = ("convert_weight", TINY, "--quantization", "q4f16_1", "-o", str(out), *options)
+        result = invoke(*words)
+        assert result.exit_code == 0, result.stderr
+        found[name] = json.loads((out / "manifest.json").read_text())
+    errors = {
+        name: {t["name"]: t["relative_error"] for t in one["tensors"] if "relative_error" in t}
+        for name, one in found.items()
+    }
+    packed = [name for name in errors["mse"] if name.endswith(".q_weight")]
+    assert all(errors["mse"][name] <= errors["plain"][name] for name in packed)
+    assert all(errors["mse"][name] <= errors["signed"][name] for name in packed)
+    assert found["calibrated"]["options"]["scales"] == "mse"
+    assert found["calibrated"]["options"]["calibration"]["tokens"] > 0
+    assert errors["calibrated"] != errors["mse"]
+    sizes = {name: {t["name"]: t["nbytes"] for t in one["tensors"]} for name, one in found.items()}
+    changed = {n for n in sizes["plain"] if sizes["plain"][n] != sizes["override"][n]}
+    first = ("model.layers.0.", "model.embed_tokens.")
+    assert changed and all(name.startswith(first) for name in changed)
 
 
 @pytest.mark.parametrize(
@@ -90,3 +146,22 @@ def test_a_finished_conversion_is_replaced_only_when_asked(
     assert invoke(*words, "q0f16", "--overwrite").exit_code == 0
     assert json.loads((tmp_path / "manifest.json").read_text())["files"]
     assert contents(tmp_path) != before
+
+
+def test_an_interrupted_run_says_how_it_goes_on(
+    tmp_path: Path, invoke: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlc_compile.weights.run import Run
+
+    def interrupt(self: Run, progress: object) -> None:
+        raise KeyboardInterrupt
+
+    words = ("convert_weight", TINY, "--quantization", "q4f16_1", "-o", str(tmp_path / "out"))
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "work", interrupt)
+        result = invoke(*words)
+    assert result.exit_code == 130
+    assert "the same command goes on from there" in result.stderr
+    assert result.stderr.endswith("error: interrupted\n")
+    assert invoke(*words).exit_code == 0
+    assert [path for path in (tmp_path / "out").iterdir() if path.is_dir()] == []

@@ -45,6 +45,9 @@ def test_a_configuration_is_replaced_only_when_asked(
         ["--max-batch-size", "0"],
         ["--context-window-size", "1000000000"],
         ["--conv-template", "no-such-template"],
+        ["--override", "lm_head=q8f16_1"],  # its output layer is the embedding
+        ["--override", "layers.4.*=q8f16_1"],
+        ["--override", "layers.0.*"],
     ],
     ids=" ".join,
 )
@@ -55,3 +58,38 @@ def test_impossible_choices_leave_nothing(
     assert result.exit_code == 2
     assert result.stderr.splitlines()[-1].startswith("error: ")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_overrides_reach_the_file_and_the_plan(
+    tmp_path: Path, invoke: Callable[..., Result]
+) -> None:
+    given = (
+        "--override",
+        "embed_tokens=q8f16_1,layers.0.*=q8f16_1",
+        "--override",
+        "layers.3.*=q0f16",
+    )
+    assert invoke(*WORDS, str(tmp_path / "out"), *given).exit_code == 0
+    config = json.loads((tmp_path / "out" / "mlc-chat-config.json").read_text(encoding="utf-8"))
+    pairs = [["embed_tokens", "q8f16_1"], ["layers.0.*", "q8f16_1"], ["layers.3.*", "q0f16"]]
+    assert (config["quantization"], config["quantization_overrides"]) == ("q4f16_1", pairs)
+    plans = [
+        json.loads(invoke("plan", *words, "--json").stdout)["weights"]
+        for words in (
+            [str(tmp_path / "out")],
+            [TINY, "--quantization", "q4f16_1", *given],
+            [str(tmp_path / "out"), "--override", "embed_tokens=q4f16_1"],
+            [TINY, "--quantization", "q4f16_1"],
+        )
+    ]
+    assert plans[0] == plans[1] > plans[2] == plans[3]
+    refused = invoke("plan", TINY, "--fit", "--budget", "4GiB", *given)
+    assert refused.exit_code == 2 and "leave --quantization and --override out" in refused.stderr
+
+
+def test_without_overrides_the_file_has_no_key_of_them(
+    tmp_path: Path, invoke: Callable[..., Result]
+) -> None:
+    assert invoke(*WORDS, str(tmp_path)).exit_code == 0
+    text = (tmp_path / "mlc-chat-config.json").read_text(encoding="utf-8")
+    assert "override" not in text

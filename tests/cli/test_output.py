@@ -38,6 +38,18 @@ def test_plain_byte_progress_gives_rate_and_time_left_now_and_then() -> None:
     ]
 
 
+def test_what_an_earlier_run_did_has_no_part_in_the_rate() -> None:
+    lines: list[str] = []
+    clock = Clock()
+    progress = PlainProgress(lines.append, True, clock)
+    for clock.now, done in ((0.0, 500), (5.0, 550), (50.0, 1000)):
+        progress("weights", done * 10**6, 1000 * 10**6)
+    assert lines == [
+        "weights: 550.0/1000.0 MB, 10.0 MB/s, 45 s left, 5.0 s",
+        "weights: 1000.0/1000.0 MB, 10.0 MB/s, 50.0 s",
+    ]
+
+
 def test_plain_step_progress_gives_each_step_a_line() -> None:
     lines: list[str] = []
     clock = Clock()
