@@ -27,7 +27,8 @@ BASE := $(VENV)/.base-$(KEY)
 DATA := $(VENV)/.smollm2-$(KEY)
 DEV := $(VENV)/.dev-$(KEY)
 BUILD := build
-PYTEST := $(BIN)/python -m pytest -q -n $(or $(JOBS),2)
+# Neighbours stay together, as they share what they build.
+PYTEST := $(BIN)/python -m pytest -q -n $(or $(JOBS),2) --dist worksteal
 
 .PHONY: help
 help: ## Show the goals.
@@ -114,5 +115,5 @@ $(DATA): | $(BASE)
 $(DEV): | $(DATA)
 	@echo "Installing $(TORCH), transformers and the development tools …"
 	@$(PIP) $(PIP_ARGS) $(TORCH)
-	@$(PIP) $(PIP_ARGS) -e '.[dev,reference,webgpu,metal,cuda]'
+	@$(PIP) $(PIP_ARGS) -e '.[dev,reference,remote,webgpu,metal,cuda]'
 	@touch $@

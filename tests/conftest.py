@@ -32,6 +32,8 @@ SLOW = re.compile(
             r"test_gpu_(elementwise|sampling)\.py::test_(launches_keep_to_the_device|small_groups|"
             r"smaller_devices_get_smaller_groups)\[.*(cuda|metal)",
             r"test_gpu_linear\.py::test_(a_smaller_device|gemm_cuts|group_of_more_words)",
+            r"test_cpu_attention\.py::test_(windowed_layers_beside_full_ones|uncommon_head_sizes_with|"
+            r"windowed_layers_over_a_shared_prefix|sliding_cache_without_rotation.*shape1)",
             r"test_cpu_attention\.py::test_prefill_decode_and_batches\[(mha-d64|gqa7|gqa4|gqa8)",
             r"test_cpu_attention\.py::test_window_is_exact_far_past_the_wrap\[window33",
             r"test_(gpu|cpu)_experts\.py::test_(routes|odd_shapes|activation_and_output_dtypes)",

@@ -19,6 +19,7 @@ from mlc_compile.manifest import (
     check_directory,
     hash_file,
     interface_id,
+    manifest_bytes,
     model_manifest,
     parameter_schema_id,
     read_manifest,
@@ -125,8 +126,9 @@ def write(directory: Path) -> dict[str, Any]:
     with TensorCacheWriter(directory, PARAMS) as writer:
         for param in PARAMS:
             kind = np.uint32 if param.dtype == "uint32" else np.float16
-            writer.write(param.name, rng.integers(0, 99, param.shape).astype(kind))
-        writer.finish(source_elements=256)
+            writer.write(param.name, rng.integers(0, 99, param.shape).astype(kind), 0)
+        sealed = tuple(writer.seal(range(len(writer.shards))))
+        files = writer.finish(sealed, source_elements=256)
     document = build_manifest(
         MODEL,
         SCHEMES["q4f16_1"],
@@ -134,17 +136,17 @@ def write(directory: Path) -> dict[str, Any]:
         source_format="safetensors",
         sources=[hash_file(directory / "params_shard_0.bin", "model.safetensors")],
         source_elements=256,
-        files=writer.files,
-        tensor_sha256=writer.tensor_sha256,
+        files=files,
+        tensor_sha256={k: v for shard in sealed for k, v in shard.tensor_sha256.items()},
         options={"jobs": 2},
     )
-    (directory / "manifest.json").write_text(json.dumps(document))
-    return document
+    (directory / "manifest.json").write_bytes(manifest_bytes(document))
+    return read_manifest(directory)
 
 
 def test_content(tmp_path: Path) -> None:
     document = write(tmp_path)
-    assert read_manifest(tmp_path) == document
+    assert list(document)[-1] == "manifest_sha256"
     assert document["effective_bits_per_weight"] == 8 * (128 + 16 + 10) / 256
     assert document["parameter_schema_id"] == stored_schema_id(tmp_path)
     assert document["source"]["files"][0]["name"] == "model.safetensors"
@@ -170,7 +172,7 @@ def edit(name: str, change: Callable[[Any], object]) -> Callable[[Path], None]:
     def act(directory: Path) -> None:
         document = json.loads((directory / name).read_text())
         change(document)
-        (directory / name).write_text(json.dumps(document))
+        (directory / name).write_bytes(manifest_bytes(document))
 
     return act
 

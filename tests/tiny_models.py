@@ -96,23 +96,30 @@ class Built:
 
 
 def convert(
-    checkpoint: Path, scheme: str, out: Path, sizes: Mapping[str, int], *, overwrite: bool = False
+    checkpoint: Path,
+    scheme: str,
+    out: Path,
+    sizes: Mapping[str, int],
+    *,
+    overwrite: bool = False,
+    override: str = "",
+    scales: str = "absmax",
 ) -> None:
     """convert_weight and gen_config, as the commands do it."""
     from mlc_compile.chat_config import gen_config
     from mlc_compile.config import resolve_compile_config
     from mlc_compile.models.detect import load_model
+    from mlc_compile.quantization.policy import with_overrides
     from mlc_compile.quantization.scheme import get_scheme
     from mlc_compile.weights.checkpoint import open_checkpoint
     from mlc_compile.weights.convert import convert_weight
 
     source = open_checkpoint(checkpoint)
     model = load_model(source.config, where=str(checkpoint))
-    convert_weight(source, model, get_scheme(scheme), out, overwrite=overwrite)
+    held = with_overrides(get_scheme(scheme), override, model)
+    convert_weight(source, model, held, out, overwrite=overwrite, scales=scales)
     config = resolve_compile_config(model.config, **sizes)
-    gen_config(
-        source, model, get_scheme(scheme), config, out, conv_template="raw", overwrite=overwrite
-    )
+    gen_config(source, model, held, config, out, conv_template="raw", overwrite=overwrite)
 
 
 def build(
@@ -122,10 +129,14 @@ def build(
     sizes: Mapping[str, int],
     opt: str = "O2",
     target: str = "cpu",
+    **conversion: Any,
 ) -> Built:
-    """Convert and compile to a library for this machine, of exactly these sizes."""
+    """Convert and compile to a library for this machine, of exactly these sizes.
+
+    conversion: options of `convert`.
+    """
     from mlc_compile.compiler.build import compile_library
 
-    convert(checkpoint, scheme, out, sizes)
+    convert(checkpoint, scheme, out, sizes, **conversion)
     compile_library(out, target, out / "model.so", opt=opt, overrides=sizes)
     return Built(checkpoint, out, out / "model.so")
