@@ -99,9 +99,9 @@ def plan_budget(
             hint=f"the smallest that works is --max-ram {math.ceil(least / _MIB) + 1}MiB",
         )
     room = max_ram - fixed
-    # Smaller blocks cost little until a quarter of the usual size; fewer workers cost much.
+    # Smaller blocks cost little until an eighth of the usual size; fewer workers cost much.
     for workers in range(jobs, 0, -1):
-        for size in sizes if workers == 1 else sizes[:3]:
+        for size in sizes if workers == 1 else sizes[:4]:
             mapped = min(_MAPPED, room - workers * items[size])
             if mapped >= _LEAST_MAPPED:
                 peak = fixed + workers * items[size] + mapped

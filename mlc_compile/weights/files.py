@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
 import stat
@@ -76,6 +77,19 @@ class SourceFile(Protocol):
         """Raises InputError if this is no longer the file that was opened."""
 
 
+def _madvise() -> Any:
+    """madvise(address, length, advice); None where the C library has none."""
+    try:
+        function = ctypes.CDLL(None).madvise
+    except (AttributeError, OSError, TypeError):  # TypeError: Windows
+        return None
+    function.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    return function
+
+
+_MADVISE = _madvise()
+
+
 def open_regular(path: Path) -> int:
     """A descriptor of a regular file, for reading. InputError for whatever else is there."""
     try:
@@ -105,6 +119,7 @@ class MappedFile:
             os.close(handle)
         self.size = len(self._map)
         self.view = memoryview(self._map)
+        self._address = np.frombuffer(self._map, np.uint8).ctypes.data
 
     def bytes(self, offset: int, nbytes: int) -> memoryview:
         """So many bytes, as a view of the file."""
@@ -122,7 +137,9 @@ class MappedFile:
 
         Without it, everything read from a large checkpoint counts as this process's memory.
         """
-        if hasattr(mmap, "MADV_DONTNEED"):
+        if _MADVISE is not None:  # of the C library: mmap's own holds the GIL meanwhile
+            _MADVISE(self._address, self.size, mmap.MADV_DONTNEED)
+        elif hasattr(mmap, "MADV_DONTNEED"):
             self._map.madvise(mmap.MADV_DONTNEED)
 
 

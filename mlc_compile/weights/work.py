@@ -26,7 +26,7 @@ from mlc_compile.weights.tensor_cache import TensorCacheWriter
 
 Array = npt.NDArray[Any]
 CHUNK_ELEMENTS = 1 << 17  # errors are summed over so many
-BLOCK_ELEMENTS = 1 << 20  # packed at once, where memory allows
+BLOCK_ELEMENTS = 2 << 20  # packed at once, where memory allows
 
 
 @dataclass(frozen=True)

@@ -160,7 +160,9 @@ def test_version_names_the_pair(shell: Callable[..., CompletedProcess[str]]) -> 
 def test_interrupt_and_closed_pipe_of_a_real_process() -> None:
     # A command that waits stands in for a long one.
     code = (
-        "import time\n"
+        "import signal, time\n"
+        # A run in the background (nohup) ignores Ctrl-C, and so would its children.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "import mlc_compile.cli.list as module, click\n"
         "from mlc_compile.cli import main\n"
         "@click.command()\n"

@@ -236,8 +236,8 @@ def test_mismatched_parameters_are_refused(built: tuple[Path, Path], tmp_path: P
     odd = [*wanted[1:]]
     with TensorCacheWriter(tmp_path, odd) as writer:
         for param in odd:
-            writer.write(param.name, np.zeros(param.shape, param.dtype))
-        writer.finish(source_elements=1)
+            writer.write(param.name, np.zeros(param.shape, param.dtype), 0)
+        writer.finish(writer.seal(range(len(writer.shards))), source_elements=1)
     with pytest.raises(InputError, match="do not belong together: 1 parameters differ, first"):
         bind_params(library, tmp_path)
 

@@ -39,8 +39,8 @@ def write_model(folder: Path, model_type: str, quantization: str, **config: Any)
     params = [s for spec in inputs.model.parameters() for s in stored_params(spec, inputs.scheme)]
     with TensorCacheWriter(folder, params) as writer:
         for param in params:
-            writer.write(param.name, np.zeros(param.shape, param.dtype))
-        writer.finish(source_elements=1)
+            writer.write(param.name, np.zeros(param.shape, param.dtype), 0)
+        writer.finish(writer.seal(range(len(writer.shards))), source_elements=1)
     files = [hash_file(path, path.name) for path in folder.iterdir() if path.suffix == ".bin"]
     document = {
         "schema": SCHEMA,

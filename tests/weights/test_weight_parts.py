@@ -50,7 +50,7 @@ def checkpoint(**arrays: Array) -> Checkpoint:
         format="safetensors",
         config={},
         generation_config={},
-        source_files=(),
+        sources=(),
         reader=Memory(arrays),
         tokenizer=None,  # type: ignore[arg-type]
     )
