@@ -7,6 +7,7 @@
 - Kernels are TIR, built by TVM's LLVM for this CPU when their kind of tensor first comes, without a
   C compiler, and kept for later processes (native.py).
 - Calls run in several threads at once; a kernel runs with the GIL released.
+- encoder("cuda") has an NVIDIA GPU do what it can (cuda_encoder.py).
 - Whatever the kernels do not serve (a CPU without float16 conversions, odd dtypes, a search for
   scales, a value that is refused) is done by the reference: the same bytes, or its error.
 """
@@ -35,7 +36,7 @@ Device = Literal["numpy", "cpu", "cuda"]
 Measured = tuple[tuple[Array, ...], Float64, Float64]
 _Key = tuple[str, str, str, int, int, str]  # the fields of encode_kernels.EncodeSpec
 
-_SOURCES = {
+SOURCES = {
     np.dtype(np.float16): "float16",
     np.dtype(ml_dtypes.bfloat16): "bfloat16",
     np.dtype(np.float32): "float32",
@@ -141,23 +142,18 @@ class CompiledEncoder(Encoder):
         importance: Float32 | None,
     ) -> Measured | None:
         """None where the reference has to do it (or to raise its error)."""
-        source = _SOURCES.get(weight.dtype)
+        source = SOURCES.get(weight.dtype)
         if source is None or weight.ndim != 2 or not weight.size:
             return None
         kernel = self.kernel(source, scheme, scales)
         if kernel is None:
             return None
         n, k = weight.shape
-        groups, size = scheme.num_groups(k), scheme.group_size or -(-k // _VECTOR) * _VECTOR
-        if groups * size != k:
-            padded = np.zeros((n, groups * size), weight.dtype)
-            padded[:, :k] = weight
-            weight = padded
-        weight = np.ascontiguousarray(weight)
-        total = n * groups
+        weight, groups = whole_groups(weight, scheme)
+        total, size = weight.shape
         if scales == "mse" and total % _VECTOR:  # whole vectors of groups
             padded = np.zeros((total + -total % _VECTOR, size), weight.dtype)
-            padded[:total] = weight.reshape(total, size)
+            padded[:total] = weight
             weight, total = padded, len(padded)
         words = np.empty((total, size // scheme.elems_per_word), np.uint32)
         scale = np.empty(total, numpy_dtype(scheme.model_dtype))
@@ -167,52 +163,90 @@ class CompiledEncoder(Encoder):
         numbers = [total, size]
         if scales == "mse":
             try:
-                columns = _importance(importance, k, groups, size)
+                columns = padded_importance(importance, k, groups * size)
             except ValueError:
                 return None
+            # [size, groups + 16]: of each element of the groups of a row, which then begins anew
+            columns = columns.reshape(groups, size).T[:, np.arange(groups + _VECTOR) % groups]
+            columns = np.ascontiguousarray(columns)
             divisors = candidate_divisors(scheme)
             buffers += [columns, np.empty((4, size, _VECTOR), np.float32), divisors]
             numbers = [total, groups, len(divisors)]
         kernel(*(ctypes.c_void_p(a.ctypes.data) for a in buffers), *numbers)
-        if not _fits(peak, weight.dtype, scheme.model_dtype):
+        if not fits(peak, weight.dtype, scheme.model_dtype):
             return None
-        words, scale, error, square = (
-            a[: n * groups].reshape(n, -1) for a in (words, scale, error, square)
-        )
-        words = np.ascontiguousarray(words[:, : scheme.num_words(k)])
-        arrays = (words, scale)
-        if (layout or scheme.layout) == "KN":
-            arrays = (np.ascontiguousarray(words.T), np.ascontiguousarray(scale.T))
-        return arrays, row_sums(error), row_sums(square)
+        return finished(words, scale, error, square, (n, k), scheme, layout)
 
 
 def encoder(device: Device = "cpu", jobs: int = 1) -> Encoder:
-    """An encoder for `jobs` threads; nothing is imported or built before it is called.
+    """An encoder for `jobs` threads; for "cuda" its kernel is built and tried, for others nothing
+    is imported or built before it is called.
 
-    Raises InputError for a device that is not here.
+    Raises:
+        InputError: a device that is not known.
+        EnvironmentLacksError: "cuda" without a GPU, its driver, or what compiles for it.
     """
     if device == "numpy":
         return Encoder()
     if device == "cpu":
         return CompiledEncoder()
-    raise InputError(f"--device {device}: cannot pack weights yet", hint="use auto, cpu or numpy")
+    if device == "cuda":
+        from mlc_compile.quantization.cuda_encoder import CudaEncoder
+
+        return CudaEncoder()
+    raise InputError(f"--device {device}: cannot pack weights", hint="use auto, cpu, cuda or numpy")
 
 
-def _importance(importance: Float32 | None, k: int, groups: int, size: int) -> Float32:
-    """[size, groups + 16]: of each element of the groups of a row, which then begins anew."""
-    found = np.ones(groups * size, np.float32)
+def whole_groups(weight: Array, scheme: QuantScheme) -> tuple[Array, int]:
+    """(rows [N, K] of symmetric codes as groups [N * groups, size], groups of a row), padded with
+    zeros; in rows without groups, to a multiple of 16."""
+    n, k = weight.shape
+    groups, size = scheme.num_groups(k), scheme.group_size or -(-k // _VECTOR) * _VECTOR
+    if groups * size != k:
+        padded = np.zeros((n, groups * size), weight.dtype)
+        padded[:, :k] = weight
+        weight = padded
+    return np.ascontiguousarray(weight).reshape(n * groups, size), groups
+
+
+def padded_importance(importance: Float32 | None, k: int, length: int) -> Float32:
+    """[length]: the importance of each of k columns, 1 for None, and 0 of padding.
+
+    Raises ValueError for one that the reference refuses.
+    """
+    found = np.ones(length, np.float32)
     if importance is not None:
         if importance.shape != (k,) or not np.isfinite(importance).all() or importance.min() < 0:
             raise ValueError
         found[:k], found[k:] = importance, 0
-    columns = found.reshape(groups, size).T[:, np.arange(groups + _VECTOR) % groups]
-    return np.ascontiguousarray(columns)
+    return found
 
 
-def _fits(peak: Array, source: np.dtype[Any], model: str) -> bool:
+def fits(peak: Array, source: np.dtype[Any], model: str) -> bool:
     """Whether the largest magnitude, given by its bits, is finite and stays so in `model`."""
     bits = peak.astype(np.dtype(f"u{source.itemsize}"))
     return bool(bits.view(source).astype(np.float64)[0] < group.OVERFLOW[model])
+
+
+def finished(
+    words: Array,
+    scale: Array,
+    error: Float32,
+    square: Float32,
+    shape: tuple[int, int],
+    scheme: QuantScheme,
+    layout: Layout | None,
+) -> Measured:
+    """What `measured` returns for rows of `shape`, of their groups and maybe some more: words
+    [groups, words of one], scale, error and square [groups]."""
+    n, k = shape
+    total = n * scheme.num_groups(k)
+    words, scale, error, square = (a[:total].reshape(n, -1) for a in (words, scale, error, square))
+    words = np.ascontiguousarray(words[:, : scheme.num_words(k)])
+    arrays = (words, scale)
+    if (layout or scheme.layout) == "KN":
+        arrays = (np.ascontiguousarray(words.T), np.ascontiguousarray(scale.T))
+    return arrays, row_sums(error), row_sums(square)
 
 
 def _build(key: _Key) -> Kernel | None:

@@ -36,11 +36,13 @@ LAYERS = (
     (
         "quantization.linear",
         "quantization.compiled",
+        "quantization.cuda_encoder",
         "quantization.encode_kernels",
         "quantization.hash_kernels",
         "quantization.hashing",
         "quantization.native",
         "quantization.search_kernels",
+        "runtime.cuda_device",
     ),
     ("weights", "manifest", "chat_config"),
     ("compiler",),

@@ -70,7 +70,7 @@ from mlc_compile.cli._params import (
     default="auto",
     show_default=True,
     help="What packs the weights; auto is numpy for small models and the CPU's own instructions "
-    "for others. The result is the same.",
+    "for others, cuda is an NVIDIA GPU. The result is the same.",
 )
 @click.option(
     "--dry-run",
