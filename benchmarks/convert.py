@@ -156,6 +156,9 @@ def contenders(args: argparse.Namespace, schemes: Sequence[str]) -> list[Contend
         ours = [sys.executable, "-m", "mlc_compile.cli", "convert_weight", str(hf), "-q", "-o"]
         ours += [str(out), "--quantization", scheme, "--jobs", threads, *args.ours]
         found.append(Contender(scheme, ours, hf / "model.safetensors", out))
+        # llama.cpp hashes nothing: the same without the source's SHA-256.
+        ours = [*ours, "--no-source-hash"]
+        found.append(Contender(f"{scheme} no hash", ours, hf / "model.safetensors", out))
         ftype, out = PAIRS[scheme], work / "out.gguf"
         for kind in ("default", "pure"):
             if args.llama_quantize:

@@ -228,7 +228,7 @@ def build_manifest(
         "parameter_schema_id": parameter_schema_id(params),
         "options": dict(options),
         **({"notes": list(notes)} if notes else {}),
-        "source": {"format": source_format, "files": [_file_json(file) for file in sources]},
+        "source": {"format": source_format, "files": [_source_json(file) for file in sources]},
         "files": [_file_json(file) for file in sorted(files, key=lambda file: file.name)],
         "tensors": [
             {
@@ -246,6 +246,11 @@ def build_manifest(
 
 def _file_json(file: WrittenFile) -> dict[str, Any]:
     return {"name": file.name, "nbytes": file.nbytes, "sha256": file.sha256}
+
+
+def _source_json(file: WrittenFile) -> dict[str, Any]:
+    entry = _file_json(file)
+    return entry if file.sha256 else {key: entry[key] for key in ("name", "nbytes")}
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:

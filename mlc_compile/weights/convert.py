@@ -136,6 +136,7 @@ def convert_weight(
     max_ram: int | None = None,
     scales: Scales = "auto",
     importance: Importance | None = None,
+    hash_sources: bool = True,
     progress: Progress | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> ConversionReport:
@@ -147,6 +148,7 @@ def convert_weight(
     max_ram: what the resident memory of this process stays below, in bytes.
     scales: how the scale of a group is chosen, see quantization.codec; "mse" with `importance`
         weighs by input channel.
+    hash_sources: False leaves the SHA-256 of the source files out of manifest.json.
     progress: called with (parameter name, bytes of the source done, bytes in all).
     options: JSON values to be recorded in manifest.json.
 
@@ -159,7 +161,7 @@ def convert_weight(
     """
     started = time.monotonic()
     plan = plan_conversion(checkpoint, model, scheme)
-    sources = SourceFiles(checkpoint.sources)
+    sources = SourceFiles(checkpoint.sources, hashed=hash_sources)
     key = fingerprint(plan, checkpoint, sources, scales, importance, options or {})
     out_dir = Path(out_dir)
     if out_dir.exists() and not out_dir.is_dir():

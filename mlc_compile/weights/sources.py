@@ -50,9 +50,13 @@ class _Hashed:
 
 
 class SourceFiles:
-    """The source files, in the order of the manifest."""
+    """The source files, in the order of the manifest.
 
-    def __init__(self, files: Sequence[SourceFile]) -> None:
+    hashed: False leaves their SHA-256 out.
+    """
+
+    def __init__(self, files: Sequence[SourceFile], *, hashed: bool = True) -> None:
+        self._hashed = hashed
         order = sorted(files, key=lambda file: (file.name, file.identity))
         self._files = [_Hashed(file) for file in order]
 
@@ -63,12 +67,12 @@ class SourceFiles:
 
     @property
     def complete(self) -> bool:
-        """Whether all are hashed."""
-        return all(one.sha256 is not None for one in self._files)
+        """Whether all are hashed that should be."""
+        return not self._hashed or all(one.sha256 is not None for one in self._files)
 
     @property
     def written(self) -> list[WrittenFile]:
-        """Names, sizes and hashes."""
+        """Names, sizes and hashes, empty where none was wanted."""
         return [WrittenFile(one.file.name, one.file.size, one.sha256 or "") for one in self._files]
 
     def take_over(self, entry: Mapping[str, Any]) -> None:
@@ -82,7 +86,7 @@ class SourceFiles:
 
         A file has at most one piece in work.
         """
-        for one in self._files:
+        for one in self._files if self._hashed else ():
             if one.sha256 is not None:
                 continue
             if not one.busy:

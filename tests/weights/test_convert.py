@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import re
@@ -358,6 +359,20 @@ def test_manifests(tmp_path: Path) -> None:
     assert {f["name"] for f in manifest["files"]} == contents(tmp_path).keys() - {"manifest.json"}
     package = json.loads((tmp_path / "mlc-model-manifest.json").read_text())
     assert package["weights"]["parameter_schema_id"] == parameter_schema_id(plan.stored)
+
+
+def test_sources_are_hashed_unless_told_not_to(tmp_path: Path) -> None:
+    found, model = tiny()
+    here = Path(__file__)
+    checkpoint = dataclasses.replace(found, sources=(source_file(here),))
+    plain = {"name": here.name, "nbytes": here.stat().st_size}
+    sha256 = hashlib.sha256(here.read_bytes()).hexdigest()
+    for hashed, expected in ((True, {**plain, "sha256": sha256}), (False, plain)):
+        out = tmp_path / str(hashed)
+        convert_weight(checkpoint, model, SCHEMES["q4f16_1"], out, hash_sources=hashed)
+        manifest = json.loads((out / "manifest.json").read_text())
+        assert manifest["source"]["files"] == [expected]
+        assert check_directory(out).ok
 
 
 def test_reports_are_for_people_and_machines(tmp_path: Path) -> None:
