@@ -46,7 +46,7 @@ _VECTOR = 16
 
 
 class Encoder:
-    """The reference, in numpy."""
+    """The reference, in numpy; what others serve faster they give by `_encode`."""
 
     def __call__(
         self,
@@ -59,26 +59,38 @@ class Encoder:
         importance: Float32 | None = None,
     ) -> tuple[Array, ...]:
         """The stored arrays of a weight [N, K], as codec.encode."""
+        found = self._encode(weight, scheme, layout, scales, importance)
+        if found is not None:
+            return found[0]
         return codec.encode(
             weight, scheme, layout=layout, name=name, scales=scales, importance=importance
         )
 
     def measured(
+        self, weight: Array, scheme: QuantScheme, *, layout: Layout | None = None, **how: Any
+    ) -> Measured:
+        """The same, and for each row the sums of (w' - w)**2 and of w**2 (errors.py).
+
+        how: name, scales and importance, as above.
+        """
+        scales, importance = how.get("scales", "absmax"), how.get("importance")
+        found = self._encode(weight, scheme, layout, scales, importance)
+        if found is not None:
+            return found
+        arrays = codec.encode(weight, scheme, layout=layout, **how)
+        stored = codec.decode(arrays, scheme, weight.shape[1], layout=layout)
+        return arrays, square_sums(weight, stored, scheme), square_sums(weight, None, scheme)
+
+    def _encode(
         self,
         weight: Array,
         scheme: QuantScheme,
-        *,
-        layout: Layout | None = None,
-        name: str = "weight",
-        scales: Scales = "absmax",
-        importance: Float32 | None = None,
-    ) -> Measured:
-        """The same, and for each row the sums of (w' - w)**2 and of w**2 (errors.py)."""
-        arrays = self(
-            weight, scheme, layout=layout, name=name, scales=scales, importance=importance
-        )
-        stored = codec.decode(arrays, scheme, weight.shape[1], layout=layout)
-        return arrays, square_sums(weight, stored, scheme), square_sums(weight, None, scheme)
+        layout: Layout | None,
+        scales: Scales,
+        importance: Float32 | None,
+    ) -> Measured | None:
+        """None where the reference has to do it (or to raise its error)."""
+        return None
 
 
 class CompiledEncoder(Encoder):
@@ -87,40 +99,6 @@ class CompiledEncoder(Encoder):
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._kernels: dict[_Key, Kernel | None] = {}
-
-    def __call__(
-        self,
-        weight: Array,
-        scheme: QuantScheme,
-        *,
-        layout: Layout | None = None,
-        name: str = "weight",
-        scales: Scales = "absmax",
-        importance: Float32 | None = None,
-    ) -> tuple[Array, ...]:
-        found = self._encode(weight, scheme, layout, scales, importance)
-        if found is not None:
-            return found[0]
-        return super().__call__(
-            weight, scheme, layout=layout, name=name, scales=scales, importance=importance
-        )
-
-    def measured(
-        self,
-        weight: Array,
-        scheme: QuantScheme,
-        *,
-        layout: Layout | None = None,
-        name: str = "weight",
-        scales: Scales = "absmax",
-        importance: Float32 | None = None,
-    ) -> Measured:
-        found = self._encode(weight, scheme, layout, scales, importance)
-        if found is not None:
-            return found
-        return super().measured(
-            weight, scheme, layout=layout, name=name, scales=scales, importance=importance
-        )
 
     def kernel(self, source: str, scheme: QuantScheme, scales: Scales = "absmax") -> Kernel | None:
         """The kernel for weights of dtype `source`, built when first asked for; None if none."""

@@ -131,7 +131,13 @@ def command(
     if override:
         scheme = with_overrides(scheme, override, arch)
     scales = "mse" if calibrate is not None else scales
-    work = {"jobs": jobs, "device": device, "max_ram": max_ram, "scales": scales}
+    work = {
+        "jobs": jobs,
+        "device": device,
+        "max_ram": max_ram,
+        "scales": scales,
+        "hash_sources": source_hash,
+    }
     if dry_run:
         out.result(estimate_conversion(source, arch, scheme, **work))
         return
@@ -161,7 +167,6 @@ def command(
                 output,
                 overwrite=overwrite,
                 importance=importance,
-                hash_sources=source_hash,
                 progress=progress,
                 options=options,
                 **work,

@@ -202,6 +202,7 @@ def estimate_conversion(
     device: Device | Literal["auto"] = "auto",
     max_ram: int | None = None,
     scales: Scales = "auto",
+    hash_sources: bool = True,
 ) -> Estimate:
     """What `convert_weight` would do: exact sizes, memory, and a time by a sample of the work.
 
@@ -212,7 +213,7 @@ def estimate_conversion(
     packing = packer(plan, checkpoint, device, jobs, scales, max_ram=max_ram)
     compiled = packing.hasher is not None
     budget = plan_budget(plan, checkpoint, jobs, max_ram, compiled=compiled)
-    return estimate(plan, checkpoint, packing, budget)
+    return estimate(plan, checkpoint, packing, budget, hash_sources=hash_sources)
 
 
 def _write_documents(

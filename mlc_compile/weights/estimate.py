@@ -71,7 +71,12 @@ class Estimate:
 
 
 def estimate(
-    plan: ConversionPlan, checkpoint: Checkpoint, packing: Packer, budget: Budget
+    plan: ConversionPlan,
+    checkpoint: Checkpoint,
+    packing: Packer,
+    budget: Budget,
+    *,
+    hash_sources: bool = True,
 ) -> Estimate:
     """Times a sample of the work. Raises InputError for values there that cannot be stored."""
     found = list(blocks(plan, checkpoint, BLOCK_ELEMENTS))
@@ -96,7 +101,7 @@ def estimate(
     sha256 = _seconds(lambda: hashlib.sha256(data)) / _SAMPLE
     md5 = _seconds(lambda: hashlib.md5(data, usedforsecurity=False)) / _SAMPLE
     written = _seconds(lambda: np.frombuffer(data, np.uint8).copy()) / _SAMPLE
-    cores = packed * plan.source_elements + sha256 * source_bytes
+    cores = packed * plan.source_elements + (sha256 * source_bytes if hash_sources else 0)
     cores += (sha256 + md5 + written) * plan.total_bytes
     seconds = _START + cores / budget.workers
     return Estimate(plan, budget, source_bytes, seconds, lost(plan, checkpoint))
