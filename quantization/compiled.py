@@ -129,8 +129,10 @@ class CompiledEncoder(Encoder):
         n, k = weight.shape
         weight, groups = whole_groups(weight, scheme)
         total, size = weight.shape
-        if scales == "mse" and total % _VECTOR:  # whole vectors of groups
-            padded = np.zeros((total + -total % _VECTOR, size), weight.dtype)
+        # The search takes whole vectors of groups, the other kernel one at the least.
+        whole = -(-total // _VECTOR) * _VECTOR if scales == "mse" else max(total, _VECTOR)
+        if total < whole:
+            padded = np.zeros((whole, size), weight.dtype)
             padded[:total] = weight
             weight, total = padded, len(padded)
         words = np.empty((total, size // scheme.elems_per_word), np.uint32)

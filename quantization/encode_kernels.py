@@ -17,6 +17,7 @@ any alignment.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -29,9 +30,8 @@ from mlc_compile.targets.cpu_kernels import _vector as vec
 
 F32, U32, I32, U16 = "float32", "uint32", "int32", "uint16"
 ROUNDER = 1.5 * 2.0**23
-ROUNDER_BITS = 0x4B400000
-INFINITY_BITS = 0x7F800000
-ERROR_LANES = 8  # as quantization.group sums squares
+PARTS = 8  # lanes that a group's sums and maxima are kept in (errors.py)
+GROUPS = 16  # worked on in turns; a call takes no fewer
 
 Expr = Any  # a tirx expression; TVM ships no types
 Buffer = Any
@@ -85,7 +85,12 @@ def encode_kernel(spec: EncodeSpec) -> Any:
 
 
 class _Encoder:
-    """Emits the body of one kernel."""
+    """Emits the body of one kernel.
+
+    GROUPS groups are worked on in turns: first the extreme of each, then all their scales as one
+    vector, then the codes of each, and last all their sums. A group by itself is one long chain of
+    dependent operations, which leaves most of a processor idle.
+    """
 
     def __init__(
         self,
@@ -110,18 +115,35 @@ class _Encoder:
         self.fields = None
         if 32 % spec.bits:
             self.fields = T.alloc_buffer((spec.size,), U32, layout=None)
+        # Of each group: the largest magnitude, what its scale comes from, and the two factors.
+        narrowed = spec.rule == "signed" and not self.exact
+        parts = (GROUPS * PARTS,)
+        self.largest = T.alloc_buffer(parts, self.source_bits, layout=None)
+        self.extremes = T.alloc_buffer(parts, U32, layout=None) if narrowed else None
+        self.scales, self.divisors = vec.accumulators(2, GROUPS)
+        self.sums = vec.accumulators(2, GROUPS * PARTS)
 
     def emit(self, groups: Expr, length: Expr) -> None:
         size: Expr = vec.i64(self.spec.size) if self.spec.size else length
-        running = T.alloc_buffer((1,), U32, layout=None)
-        vec.store(running, [0], vec.const(0, U32, 1), 1)
-        with vec.serial(groups) as group:
-            first = vec.bind(group * size)
-            largest, extreme = self.extreme(first, size)
-            old = vec.bind(vec.load(running, [0], 1))
-            vec.store(running, [0], tirx.Select(largest > old, largest, old), 1)
-            self.codes(group, first, size, self.scale(group, extreme))
-        vec.store(self.peak, [0], vec.load(running, [0], 1), 1)
+        running = T.alloc_buffer((GROUPS,), U32, layout=None)
+        vec.put(running, vec.const(0, U32, GROUPS), GROUPS)
+        step = vec.i64(GROUPS)
+        with vec.serial((groups + step - vec.i64(1)) // step) as turn:
+            # The last turn goes back to have as many groups as all others.
+            start = vec.bind(tirx.Min(turn * step, groups - step))
+            with vec.serial(GROUPS) as group:
+                self.extreme(group, vec.bind((start + group) * size), size)
+            largest, extreme = self.peaks()
+            largest = vec.bind(largest)
+            vec.put(running, tirx.Max(largest, vec.get(running, GROUPS)), GROUPS)
+            self.scale(start, extreme)
+            with vec.serial(GROUPS) as group:
+                self.codes(group, vec.bind((start + group) * size), size)
+            for register, out in zip(self.sums, (self.error, self.square), strict=True):
+                vec.store(out, [start], _folded(register, operator.add), GROUPS)
+        name = f"llvm.vector.reduce.umax.v{GROUPS}i32"
+        most = tirx.call_llvm_pure_intrin(U32, name, vec.get(running, GROUPS))
+        vec.store(self.peak, [0], most, 1)
 
     def vectors(self, size: Expr, body: Callable[[Expr], None]) -> None:
         """body(offset) for each vector of a group."""
@@ -132,95 +154,98 @@ class _Encoder:
         with vec.serial(size // vec.i64(self.lanes)) as i:
             body(vec.bind(i * vec.i64(self.lanes)))
 
-    def extreme(self, first: Expr, size: Expr) -> tuple[Expr, Expr]:
-        """Of a group: the bits of the source's largest magnitude, as uint32, and the narrowed
-        number that the scale comes from."""
+    def extreme(self, group: Expr, first: Expr, size: Expr) -> None:
+        """Notes what `peaks` makes of a group: the largest of magnitudes or of their keys."""
         dtype = self.source_bits
-        width = 32 if dtype == U32 else 16
 
         def source(offset: Expr) -> Expr:
             return vec.load(self.weight, [first + offset], self.lanes)
 
         def magnitude(offset: Expr) -> Expr:
-            mask = vec.const((1 << (width - 1)) - 1, dtype, self.lanes)
-            return tirx.bitwise_and(source(offset), mask)
-
-        def key(bits: Expr, kind: str) -> Expr:
-            """Orders by magnitude, the positive number above the negative one."""
-            top = 31 if kind == U32 else 15
-            flipped = vec.bind(tirx.bitwise_xor(bits, vec.const(1 << top, kind, self.lanes)))
-            return _rotated(flipped, kind, self.lanes)
-
-        def number(value: Expr, kind: str) -> Expr:
-            """The bits that a key was made of."""
-            top = 31 if kind == U32 else 15
-            sign = tirx.shift_left(value, vec.const(top, kind, 1))
-            bits = tirx.bitwise_or(tirx.shift_right(value, vec.const(1, kind, 1)), sign)
-            return vec.bind(tirx.bitwise_xor(bits, vec.const(1 << top, kind, 1)))
-
-        if self.spec.rule == "absmax":
-            largest = vec.bind(vec.cast(self.maximum(size, magnitude, dtype), U32, 1))
-            return largest, self.narrow(self.wide(largest, 1), 1)
-        if self.exact:
-            bits = number(self.maximum(size, lambda o: key(source(o), dtype), dtype), dtype)
-            mask = vec.const((1 << (width - 1)) - 1, dtype, 1)
-            largest = vec.bind(vec.cast(tirx.bitwise_and(bits, mask), U32, 1))
-            return largest, self.wide(vec.cast(bits, U32, 1), 1)
-        largest = vec.bind(vec.cast(self.maximum(size, magnitude, dtype), U32, 1))
+            return tirx.bitwise_and(source(offset), _magnitudes(dtype, self.lanes))
 
         def narrowed(offset: Expr) -> Expr:  # what differs in the source may be equal here
             wide = self.wide(vec.cast(source(offset), U32, self.lanes), self.lanes)
-            return key(vec.bitcast(self.rounded(wide, self.lanes), U32, self.lanes), U32)
+            return _key(vec.bitcast(self.rounded(wide, self.lanes), U32, self.lanes), U32)
 
-        bits = number(self.maximum(size, narrowed, U32), U32)
-        return largest, vec.bind(vec.bitcast(bits, F32, 1))
+        def key(offset: Expr) -> Expr:
+            return _key(source(offset), dtype)
 
-    def maximum(self, size: Expr, value: Callable[[Expr], Expr], dtype: str) -> Expr:
-        """The largest of unsigned integers over a group."""
-        lanes = self.lanes
+        signed = self.spec.rule == "signed" and self.exact
+        self.maximum(self.largest, group, size, key if signed else magnitude)
+        if self.extremes is not None:
+            self.maximum(self.extremes, group, size, narrowed)
+
+    def peaks(self) -> tuple[Expr, Expr]:
+        """Of all groups: the bits of the source's largest magnitudes, as uint32, and the narrowed
+        numbers that the scales come from."""
+        dtype = self.source_bits
+        found = _folded(self.largest, tirx.Max)
+        if self.spec.rule == "absmax":
+            largest = vec.bind(vec.cast(found, U32, GROUPS))
+            return largest, self.narrow(self.wide(largest, GROUPS), GROUPS)
+        if self.extremes is None:
+            bits = vec.bind(_number(found, dtype))
+            magnitudes = tirx.bitwise_and(bits, _magnitudes(dtype, GROUPS))
+            largest = vec.cast(magnitudes, U32, GROUPS)
+            return largest, self.wide(vec.cast(bits, U32, GROUPS), GROUPS)
+        extreme = vec.bitcast(_number(_folded(self.extremes, tirx.Max), U32), F32, GROUPS)
+        return vec.cast(found, U32, GROUPS), extreme
+
+    def maximum(self, kept: Buffer, group: Expr, size: Expr, value: Callable[[Expr], Expr]) -> None:
+        """Keeps the largest of unsigned integers over a group, in each of PARTS lanes."""
+        lanes, dtype = self.lanes, str(kept.dtype)
         running = T.alloc_buffer((lanes,), dtype, layout=None)
-        vec.store(running, [0], vec.const(0, dtype, lanes), lanes)
+        vec.put(running, vec.const(0, dtype, lanes), lanes)
 
         def vector(offset: Expr) -> None:
             bits = vec.bind(value(offset))
-            old = vec.bind(vec.load(running, [0], lanes))
-            vec.store(running, [0], tirx.Max(bits, old), lanes)
+            vec.put(running, tirx.Max(bits, vec.bind(vec.get(running, lanes))), lanes)
 
         self.vectors(size, vector)
-        name = f"llvm.vector.reduce.umax.v{lanes}{'i32' if dtype == U32 else 'i16'}"
-        return vec.bind(tirx.call_llvm_pure_intrin(dtype, name, vec.load(running, [0], lanes)))
+        largest = vec.bind(vec.get(running, lanes))
+        while lanes > PARTS:
+            lanes //= 2
+            low, high = (vec.shuffle([largest], range(i, i + lanes)) for i in (0, lanes))
+            largest = vec.bind(tirx.Max(low, high))
+        vec.store(kept, [group * vec.i64(PARTS)], largest, PARTS)
 
-    def scale(self, group: Expr, extreme: Expr) -> Expr:
-        """Stores a group's scale and returns it as float32."""
-        divisor = self.most - self.top
-        scale = self.rounded(extreme / vec.const(float(divisor), F32, 1), 1)
-        zero = vec.const(0.0, F32, 1)
+    def scale(self, start: Expr, extreme: Expr) -> None:
+        """Stores the scales of all groups, and notes them and what weights are divided by."""
+        lanes = GROUPS
+        scale = self.rounded(extreme / vec.const(float(self.most - self.top), F32, lanes), lanes)
+        zero = vec.const(0.0, F32, lanes)
         scale = vec.bind(tirx.Select(scale == zero, zero, scale))  # -0.0 must not be stored
-        bits = vec.bitcast(scale, U32, 1)
+        bits = vec.bitcast(scale, U32, lanes)
         if self.spec.model == "float16":
-            bits = vec.bitcast(vec.cast(scale, "float16", 1), U16, 1)
+            bits = vec.bitcast(vec.cast(scale, "float16", lanes), U16, lanes)
         elif self.spec.model == "bfloat16":
-            bits = vec.cast(tirx.shift_right(bits, vec.const(16, U32, 1)), U16, 1)
-        vec.store(self.q_scale, [group], bits, 1)
-        return scale
+            bits = vec.cast(tirx.shift_right(bits, vec.const(16, U32, lanes)), U16, lanes)
+        vec.store(self.q_scale, [start], bits, lanes)
+        vec.put(self.scales, scale, lanes)
+        if self.spec.model == "float16":
+            inverse = vec.const(1.0, F32, lanes) / scale
+            divisor = tirx.Select(scale == zero, zero, inverse)
+        else:
+            divisor = tirx.Select(scale == zero, vec.const(math.inf, F32, lanes), scale)
+        vec.put(self.divisors, divisor, lanes)
 
-    def codes(self, group: Expr, first: Expr, size: Expr, scale: Expr) -> None:
-        """Stores a group's words and sums of squares."""
+    def codes(self, group: Expr, first: Expr, size: Expr) -> None:
+        """Stores a group's words and notes its sums of squares."""
         lanes = self.lanes
-        zero = vec.const(0.0, F32, 1)
-        infinity = vec.const(math.inf, F32, 1)
-        divisor = vec.bind(vec.splat(vec.bind(tirx.Select(scale == zero, infinity, scale)), lanes))
-        factor = vec.bind(vec.splat(scale, lanes))
-        sums = [T.alloc_buffer((ERROR_LANES,), F32, layout=None) for _ in range(2)]
+        factor = vec.bind(vec.splat(vec.load(self.scales, [group], 1), lanes))
+        divisor = vec.bind(vec.splat(vec.load(self.divisors, [group], 1), lanes))
+        sums = vec.accumulators(2, PARTS)
         for register in sums:
-            vec.store(register, [0], vec.const(0.0, F32, ERROR_LANES), ERROR_LANES)
+            vec.put(register, vec.const(0.0, F32, PARTS), PARTS)
 
         def vector(offset: Expr) -> None:
             bits = vec.cast(vec.load(self.weight, [first + offset], lanes), U32, lanes)
             x = vec.bind(self.wide(bits, lanes))
-            q = vec.bind(self.quantized(self.narrow(x, lanes), divisor))
+            biased = self.biased(self.ratio(self.narrow(x, lanes), factor, divisor))
+            q = vec.bitcast(biased, I32, lanes)
             self.put_codes(first + offset, offset, q)
-            level = vec.cast(q - vec.const(self.top, I32, lanes), F32, lanes)
+            level = biased - vec.const(ROUNDER + self.top, F32, lanes)
             back = self.rounded(apart(level * factor, lanes), lanes)
             difference = vec.bind(back - x)
             for register, value in zip(sums, (difference, x), strict=True):
@@ -229,25 +254,41 @@ class _Encoder:
         self.vectors(size, vector)
         if self.fields is not None:
             self.put_fields(first)
-        for register, out in zip(sums, (self.error, self.square), strict=True):
-            total = vec.horizontal_sum(vec.load(register, [0], ERROR_LANES), ERROR_LANES)
-            vec.store(out, [group], total, 1)
+        for register, kept in zip(sums, self.sums, strict=True):
+            place = [group * vec.i64(PARTS)]
+            vec.store(kept, place, vec.get(register, PARTS), PARTS)
 
-    def quantized(self, x: Expr, divisor: Expr) -> Expr:
-        """The codes of narrowed weights, int32."""
+    def ratio(self, x: Expr, scale: Expr, divisor: Expr) -> Expr:
+        """Narrowed weights over their scale, rounded to the model dtype.
+
+        For float16 the quotient comes from the inverse of the scale, corrected once by what is
+        left over (the last step of a division by iteration). It may be off by an ulp of float32,
+        which no rounding to float16 sees: x and s have 11 bits, so x / s is 2**-24 of itself or
+        more away from the middle between two numbers of 11 bits, or is that middle exactly, and
+        what is exact the correction finds.
+        """
         lanes = self.lanes
-        ratio = self.rounded(x / divisor, lanes)
+        if self.spec.model != "float16":
+            return self.rounded(x / divisor, lanes)
+        x = vec.bind(x)
+        near = apart(x * divisor, lanes)
+        rest = vec.bind(_fma(-near, scale, x, lanes))
+        return self.rounded(_fma(rest, divisor, near, lanes), lanes)
+
+    def biased(self, ratio: Expr) -> Expr:
+        """The codes plus ROUNDER, float32: each in the low bits of its number."""
+        lanes = self.lanes
         shifted = self.rounded(ratio + vec.const(float(self.top), F32, lanes), lanes)
-        integer = vec.bitcast(vec.bind(shifted + vec.const(ROUNDER, F32, lanes)), I32, lanes)
-        integer = integer - vec.const(ROUNDER_BITS, I32, lanes)
-        integer = tirx.Max(integer, vec.const(0, I32, lanes))
-        return tirx.Min(integer, vec.const(self.most, I32, lanes))
+        biased = vec.bind(shifted + vec.const(ROUNDER, F32, lanes))
+        biased = vec.bind(tirx.Max(biased, vec.const(ROUNDER, F32, lanes)))
+        return vec.bind(tirx.Min(biased, vec.const(ROUNDER + self.most, F32, lanes)))
 
     def put_codes(self, position: Expr, offset: Expr, q: Expr) -> None:
-        """Packs and stores the codes (int32) of the vector at element `position`."""
+        """Packs and stores the codes of the vector at element `position`: low bytes of int32."""
         lanes, bits = self.lanes, self.spec.bits
         if self.fields is not None:
-            vec.store(self.fields, [offset], vec.cast(q, U32, lanes), lanes)
+            code = tirx.bitwise_and(vec.bitcast(q, U32, lanes), vec.const(0xFF, U32, lanes))
+            vec.store(self.fields, [offset], code, lanes)
             return
         small = vec.cast(q, "uint8", lanes)
         if bits == 4:
@@ -272,12 +313,12 @@ class _Encoder:
 
     def add(self, register: Buffer, values: Expr) -> None:
         """Adds a vector to the lane sums, eight elements after the other."""
-        for start in range(0, self.lanes, ERROR_LANES):
+        for start in range(0, self.lanes, PARTS):
             part = values
-            if self.lanes > ERROR_LANES:
-                part = vec.shuffle([values], range(start, start + ERROR_LANES))
-            total = vec.bind(vec.load(register, [0], ERROR_LANES) + part)
-            vec.store(register, [0], total, ERROR_LANES)
+            if self.lanes > PARTS:
+                part = vec.shuffle([values], range(start, start + PARTS))
+            total = vec.bind(vec.load(register, [0], PARTS) + part)
+            vec.store(register, [0], total, PARTS)
 
     def wide(self, bits: Expr, lanes: int) -> Expr:
         return wide(bits, self.spec.source, lanes)
@@ -321,11 +362,50 @@ def _held(value: Expr, lanes: int) -> Expr:
     return vec.bind(vec.load(register, [0], lanes))
 
 
-def _rotated(bits: Expr, dtype: str, lanes: int) -> Expr:
-    """Unsigned integers, rotated left by one."""
-    name = f"llvm.fshl.v{lanes}{'i32' if dtype == U32 else 'i16'}"
+def _magnitudes(dtype: str, lanes: int) -> Expr:
+    """The mask that leaves a float's sign away."""
+    return vec.const(0x7FFFFFFF if dtype == U32 else 0x7FFF, dtype, lanes)
+
+
+def _key(bits: Expr, dtype: str) -> Expr:
+    """Of a float's bits: orders by magnitude, the positive number above the negative one."""
+    lanes = bits.ty.dtype.lanes
+    top = 31 if dtype == U32 else 15
+    flipped = vec.bind(tirx.bitwise_xor(bits, vec.const(1 << top, dtype, lanes)))
+    name = f"llvm.fshl.v{lanes}i{top + 1}"
     one = vec.const(1, dtype, lanes)
-    return tirx.call_llvm_pure_intrin(vec.vtype(dtype, lanes), name, bits, bits, one)
+    return tirx.call_llvm_pure_intrin(vec.vtype(dtype, lanes), name, flipped, flipped, one)
+
+
+def _number(key: Expr, dtype: str) -> Expr:
+    """The bits that a key was made of."""
+    lanes = key.ty.dtype.lanes
+    top = 31 if dtype == U32 else 15
+    sign = tirx.shift_left(key, vec.const(top, dtype, lanes))
+    bits = tirx.bitwise_or(tirx.shift_right(key, vec.const(1, dtype, lanes)), sign)
+    return tirx.bitwise_xor(bits, vec.const(1 << top, dtype, lanes))
+
+
+def _folded(kept: Buffer, combine: Callable[[Expr, Expr], Expr]) -> Expr:
+    """Of PARTS lanes of each group one vector: combined in halves, as errors.py adds."""
+    parts = [vec.load(kept, [i * GROUPS], GROUPS) for i in range(PARTS)]
+    width = PARTS  # lanes of a group that are left, beside those of the next group
+    while width > 1:
+        half = width // 2
+        low = [i + lane for i in range(0, 2 * GROUPS, width) for lane in range(half)]
+        high = [lane + half for lane in low]
+        pairs = zip(parts[::2], parts[1::2], strict=True)
+        parts = [
+            vec.bind(combine(vec.shuffle([a, b], low), vec.shuffle([a, b], high))) for a, b in pairs
+        ]
+        width = half
+    return parts[0]
+
+
+def _fma(a: Expr, b: Expr, c: Expr, lanes: int) -> Expr:
+    """a * b + c, rounded once."""
+    dtype = vec.vtype(F32, lanes)
+    return tirx.call_llvm_pure_intrin(dtype, f"llvm.fma.v{lanes}f32", a, b, c)
 
 
 def _words(small: Expr, words: int) -> Expr:

@@ -15,8 +15,8 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script.builder import ir as T
 
 from mlc_compile.quantization.encode_kernels import (
-    ERROR_LANES,
     F32,
+    PARTS,
     ROUNDER,
     U16,
     U32,
@@ -287,12 +287,12 @@ class _Search:
     def sums(self, scale: Expr) -> None:
         """errors.py's: eight partial sums over the elements, then added in halves."""
         for out, difference in ((self.error, True), (self.square, False)):
-            parts = [_register() for _ in range(ERROR_LANES)]
+            parts = [_register() for _ in range(PARTS)]
             for register in parts:
                 vec.put(register, _f32(0.0), LANES)
-            with vec.serial(self.size // ERROR_LANES) as step:
+            with vec.serial(self.size // PARTS) as step:
                 for lane, register in enumerate(parts):
-                    e = step * vec.i64(ERROR_LANES) + vec.i64(lane)
+                    e = step * vec.i64(PARTS) + vec.i64(lane)
                     value = self.at(self.source, e)
                     if difference:
                         back = self.narrow(apart(self.at(self.levels, e) * scale, LANES))

@@ -59,7 +59,7 @@ def test_same_bytes_as_numpy(scales: Scales, scheme: QuantScheme, dtype: Any) ->
     assert isinstance(FAST, CompiledEncoder)
     if scheme.codes == "symmetric":
         assert FAST.kernel(np.dtype(dtype).name, scheme, scales) is not None
-    for n, k in [(9, 320), (5, 37), (1, 1), (7, 129)]:
+    for n, k in [(9, 320), (5, 37), (1, 1), (7, 129), (21, 64)]:
         w = weights(rng, n, k, dtype)
         found = FAST.measured(w, scheme, scales=scales)
         expected = SLOW.measured(w, scheme, scales=scales)
@@ -108,6 +108,22 @@ def test_every_float16_is_narrowed_alike(name: str) -> None:
     w = np.resize(finite, (64, 32 * 32))
     scheme = get_scheme(name)
     assert_same(FAST(w, scheme), SLOW(w, scheme))
+
+
+@pytest.mark.parametrize("name", ["q4f16_1", "q8f16_1"])
+def test_every_quotient_of_some_scales(name: str) -> None:
+    """Every float16 up to a peak, over that peak's scale: what divides by an inverse is exact."""
+    rng, scheme = np.random.default_rng(7), get_scheme(name)
+    for peak in (1, 3, 0x3FF, 0x400, 0x2B5D, *rng.integers(0x400, 0x7C00, 5)):  # bits of float16
+        rows = -(-(int(peak) + 1) // 31)
+        w = np.full((rows, 32), peak, np.uint16)
+        w[:, 1:] = np.resize(np.arange(int(peak) + 1, dtype=np.uint16), (rows, 31))
+        w[:, 2::2] |= 0x8000
+        for scales in ("absmax", "signed"):
+            assert_same(
+                FAST(w.view(np.float16), scheme, scales=scales),
+                SLOW(w.view(np.float16), scheme, scales=scales),
+            )
 
 
 def test_float32_at_the_edges_of_float16() -> None:
