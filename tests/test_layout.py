@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import os
 import re
 import subprocess
@@ -26,7 +27,7 @@ LINKS = {PACKAGE / "quantization": ROOT / "quantization", PACKAGE / "targets": R
 
 # A module belongs to the row with its longest matching name; it may import that row and above.
 LAYERS = (
-    ("errors",),
+    ("errors", "versions"),
     ("rope",),
     ("config",),
     ("models",),
@@ -52,7 +53,7 @@ LAYERS = (
 RANK = {name: rank for rank, row in enumerate(LAYERS) for name in row}
 # These build no graphs: what only reads, quantises or prints starts without TVM.
 WITHOUT_TVM = {"errors", "rope", "config", "models", "quantization", "weights", "manifest"}
-WITHOUT_TVM |= {"chat_config", "cli"}
+WITHOUT_TVM |= {"chat_config", "cli", "versions"}
 HEAVY = "tvm tvm_ffi numpy ml_dtypes torch transformers safetensors gguf tokenizers jinja2 rich"
 
 
@@ -76,7 +77,8 @@ def layer(module: str) -> str:
 
 
 def imports(path: Path) -> Iterator[str]:
-    """Every module that `path` imports, at its top or in a function, as an absolute name."""
+    """Every module that `path` imports, at its top, in a function or on demand, as an absolute
+    name."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -84,6 +86,9 @@ def imports(path: Path) -> Iterator[str]:
             assert node.level == 0, f"{path}: relative import"
             for alias in node.names:
                 yield f"{node.module}.{alias.name}"
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) == "on_demand":
+            (where,) = node.args
+            yield ast.literal_eval(where).replace(":", ".")
 
 
 MODULES = modules()
@@ -146,6 +151,41 @@ def test_help_imports_click_alone() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+
+
+def deferred() -> dict[str, set[str]]:
+    """What is imported on demand: names by their module, both below mlc_compile."""
+    found: dict[str, set[str]] = {}
+    for path in MODULES.values():
+        for where in re.findall(r'on_demand\(\s*"mlc_compile\.(.+?)"', path.read_text("utf-8")):
+            module, _, name = where.partition(":")
+            found.setdefault(module, set()).add(name)
+    return found
+
+
+def test_what_is_imported_on_demand_is_there() -> None:
+    assert len(deferred()) > 5
+    for module, names in deferred().items():
+        assert names <= vars(importlib.import_module(f"mlc_compile.{module}")).keys()
+
+
+def test_a_plain_conversion_imports_no_other_readers(tmp_path: Path) -> None:
+    """Nor anything beside numpy and click that is slow to import."""
+    command = ["convert_weight", str(ROOT / "examples/tiny_model"), "--quantization", "q4f16_1"]
+    code = (
+        "import sys\n"
+        "from mlc_compile.cli import main\n"
+        f"try: main({[*command, '-o', str(tmp_path / 'out')]})\n"
+        "except SystemExit as done: assert not done.code\n"
+        "print(*sys.modules)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    imported = set(result.stdout.splitlines()[-1].split())
+    assert "mlc_compile.weights.st" in imported
+    needless = {f"mlc_compile.{module}" for module in deferred()}
+    needless |= set(HEAVY.split()) - {"numpy", "ml_dtypes"}
+    assert not needless & imported
 
 
 def our_files() -> list[Path]:

@@ -5,6 +5,7 @@
 - Weights are mapped, not loaded, or read by ranges behind a URL; `read` gives rows, so the caller
   decides how much is in memory.
 - LoRA adapters are merged as rows are read.
+- A format's reader is imported with the first file of that format (on_demand.py).
 """
 
 from __future__ import annotations
@@ -12,24 +13,33 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mlc_compile.config import read_json_strict
 from mlc_compile.errors import InputError
-from mlc_compile.weights import gguf
-from mlc_compile.weights.files import Location, SourceFile, source_file
-from mlc_compile.weights.lora import merge
-from mlc_compile.weights.packed_source import wrap
-from mlc_compile.weights.reader import Array, TensorInfo, TensorReader
-from mlc_compile.weights.remote import locate
+from mlc_compile.weights.files import Location, SourceFile, is_gguf, locate, source_file
+from mlc_compile.weights.on_demand import on_demand
+from mlc_compile.weights.reader import QUANTISATION_KEYS, Array, TensorInfo, TensorReader
 from mlc_compile.weights.shards import ShardReader, WeightsFile, open_index
 from mlc_compile.weights.st import SafetensorsFile
-from mlc_compile.weights.tokenizer import DirectoryTokenizer, GgufTokenizer, TokenizerSource
-from mlc_compile.weights.torch_file import TorchFile
+from mlc_compile.weights.tokenizer_files import DirectoryTokenizer, TokenizerSource
+
+if TYPE_CHECKING:
+    from mlc_compile.weights.gguf import GgufReader
 
 __all__ = ["SOURCE_FORMATS", "Checkpoint", "TensorInfo", "open_checkpoint"]
 
 SOURCE_FORMATS = ("auto", "safetensors", "torch", "gguf")
+
+_open_gguf_file: Callable[[Location], tuple[GgufReader, dict[str, Any], TokenizerSource]] = (
+    on_demand("mlc_compile.weights.gguf:open_gguf")
+)
+_unpacked: Callable[[TensorReader, dict[str, Any]], tuple[TensorReader, dict[str, Any]]] = (
+    on_demand("mlc_compile.weights.packed_source:wrap")
+)
+_merge: Callable[[TensorReader, Sequence[Location]], TensorReader] = on_demand(
+    "mlc_compile.weights.lora:merge"
+)
 
 
 @dataclass(frozen=True)
@@ -58,7 +68,7 @@ _FORMATS = {
             (".bin", ".pt", ".pth", ".ckpt"),
             "pytorch_model.bin",
             "pytorch_model.bin.index.json",
-            TorchFile,
+            on_demand("mlc_compile.weights.torch_file:TorchFile"),
         ),
     )
 }
@@ -153,7 +163,7 @@ def open_checkpoint(
         return _open_directory(place, source_format, adapters)
     if not place.is_file():
         raise InputError(f"cannot read {place}: it is not a regular file")
-    if source_format == "gguf" or (source_format == "auto" and gguf.is_gguf(place)):
+    if source_format == "gguf" or (source_format == "auto" and is_gguf(place)):
         return _open_gguf(place, adapters)
     for kind in _FORMATS.values():
         if place.suffix in kind.suffixes and source_format in ("auto", kind.name):
@@ -237,8 +247,12 @@ def _open_hf(
             f"there is no config.json beside {path}", hint="put the model's config.json there"
         )
     generation = directory / "generation_config.json"
-    reader, config = wrap(weights, read_json_strict(config_file))
-    reader = merge(reader, adapters)
+    reader: TensorReader = weights
+    config = read_json_strict(config_file)
+    if any(config.get(key) is not None for key in QUANTISATION_KEYS):
+        reader, config = _unpacked(reader, config)
+    if adapters:
+        reader = _merge(reader, adapters)
     return Checkpoint(
         path=path,
         format=source_format,
@@ -251,15 +265,14 @@ def _open_hf(
 
 
 def _open_gguf(path: Location, adapters: Sequence[Location]) -> Checkpoint:
-    container = gguf.GgufFile(path)
-    weights = gguf.GgufReader(container)
-    reader = merge(weights, adapters)
+    weights, generation_config, tokenizer = _open_gguf_file(path)
+    reader = _merge(weights, adapters) if adapters else weights
     return Checkpoint(
         path=path,
         format="gguf",
         config=weights.config,
-        generation_config=gguf.generation_config(container),
+        generation_config=generation_config,
         sources=tuple(source_file(file) for file in reader.files),
         reader=reader,
-        tokenizer=GgufTokenizer(container.metadata, path),
+        tokenizer=tokenizer,
     )

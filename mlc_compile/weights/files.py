@@ -4,6 +4,7 @@
   name is an error, not a wait without end.
 - `open_file` gives a file's bytes by offset: mapped where it is local, fetched by ranges where it
   is not (remote.py). `source_file` is the same file as something to be hashed and to be watched.
+- `locate` says where a path or a URL leads, `is_gguf` what a file's first bytes say it is.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import ctypes
 import mmap
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
@@ -19,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mlc_compile.errors import InputError
+from mlc_compile.weights.on_demand import on_demand
 
 if TYPE_CHECKING:
     from mlc_compile.weights.remote import RemotePath
@@ -27,6 +30,10 @@ Array = npt.NDArray[Any]
 
 Location: TypeAlias = "Path | RemotePath"
 """Where a file or a directory is. A RemotePath has the part of Path's interface that is used."""
+
+GGUF_MAGIC = b"GGUF"
+
+_locate_url: Callable[[str], Location] = on_demand("mlc_compile.weights.remote:locate_url")
 
 
 class UnreadableError(InputError):
@@ -179,9 +186,24 @@ def _identity(path: Path, found: os.stat_result) -> str:
     return f"{os.path.realpath(path)}:{found.st_size}:{found.st_mtime_ns}"
 
 
+def locate(where: str | Path) -> Location:
+    """A path of this machine, or of elsewhere for a URL such as https://host/model/.
+
+    Raises InputError for a URL that can't be used, EnvironmentLacksError without its package.
+    """
+    if isinstance(where, Path) or "://" not in where:
+        return Path(where)
+    return _locate_url(where)
+
+
 def open_file(location: Location) -> TensorFile:
     """The file's bytes by offset. Raises InputError if it can't be read or has none."""
     return MappedFile(location) if isinstance(location, Path) else location.ranged()
+
+
+def is_gguf(path: Location) -> bool:
+    """Whether a file starts as GGUF files do. InputError if it can't be read."""
+    return bytes(open_file(path).bytes(0, len(GGUF_MAGIC))) == GGUF_MAGIC
 
 
 def source_file(location: Location) -> SourceFile:

@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 
 from mlc_compile.errors import InputError
-from mlc_compile.weights.files import Location
+from mlc_compile.weights.files import Location, is_gguf
 from mlc_compile.weights.gguf_config import (
     ARCHITECTURES,
     ROPE_FREQS,
@@ -28,7 +29,6 @@ from mlc_compile.weights.gguf_file import (
     GgufFile,
     dequantize,
     gguf_package,
-    is_gguf,
 )
 from mlc_compile.weights.gguf_packed import packed_info, unpack
 from mlc_compile.weights.reader import (
@@ -40,6 +40,7 @@ from mlc_compile.weights.reader import (
     row_numbers,
     row_range,
 )
+from mlc_compile.weights.tokenizer import GgufTokenizer
 
 __all__ = [
     "ARCHITECTURES",
@@ -49,6 +50,7 @@ __all__ = [
     "generation_config",
     "hf_name",
     "is_gguf",
+    "open_gguf",
     "unpermute_rows",
 ]
 
@@ -102,6 +104,16 @@ def unpermute_rows(rows: Array, head_dim: int) -> Array:
     half = head_dim // 2
     found: Array = head + row % half * 2 + row // half
     return found
+
+
+def open_gguf(path: Location) -> tuple[GgufReader, dict[str, Any], GgufTokenizer]:
+    """A GGUF file's weights and config.json, its generation_config.json and its tokenizer.
+
+    Raises InputError for a damaged file and for whatever isn't supported.
+    """
+    container = GgufFile(path)
+    reader = GgufReader(container)
+    return reader, generation_config(container), GgufTokenizer(container.metadata, path)
 
 
 class GgufReader:

@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 
 from mlc_compile.errors import EnvironmentLacksError, InputError
+from mlc_compile.weights.files import GGUF_MAGIC as MAGIC
 from mlc_compile.weights.files import Location, TensorFile, open_file
 from mlc_compile.weights.reader import Array, numpy_dtype
 
-MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 _DEFAULT_ALIGNMENT = 32
 DOWNLOAD_AGAIN = "download the file again"
@@ -121,11 +121,6 @@ class _Cursor:
         values = np.frombuffer(self._file.bytes(self.position, nbytes), dtype, count).tolist()
         self.position += nbytes
         return values
-
-
-def is_gguf(path: Location) -> bool:
-    """Whether a file starts as GGUF files do. InputError if it can't be read."""
-    return bytes(open_file(path).bytes(0, len(MAGIC))) == MAGIC
 
 
 class GgufFile:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
@@ -25,6 +25,7 @@ import numpy.typing as npt
 from mlc_compile.config import ConfigReader, read_json_strict
 from mlc_compile.errors import InputError
 from mlc_compile.weights.files import Location
+from mlc_compile.weights.on_demand import on_demand
 from mlc_compile.weights.reader import (
     Array,
     Packed,
@@ -36,9 +37,12 @@ from mlc_compile.weights.reader import (
 )
 from mlc_compile.weights.shards import WeightsFile
 from mlc_compile.weights.st import SafetensorsFile
-from mlc_compile.weights.torch_file import TorchFile
 
 Float32 = npt.NDArray[np.float32]
+
+_open_torch: Callable[[Location], WeightsFile] = on_demand(
+    "mlc_compile.weights.torch_file:TorchFile"
+)
 
 CONFIG, WEIGHTS, TORCH_WEIGHTS = (
     "adapter_config.json",
@@ -386,7 +390,7 @@ def _open_weights(adapter: Location) -> WeightsFile:
     if (adapter / WEIGHTS).is_file():
         return SafetensorsFile(adapter / WEIGHTS)
     if (adapter / TORCH_WEIGHTS).is_file():
-        return TorchFile(adapter / TORCH_WEIGHTS)
+        return _open_torch(adapter / TORCH_WEIGHTS)
     raise InputError(f"{adapter} has no {WEIGHTS}", hint="give the directory of a PEFT adapter")
 
 

@@ -13,10 +13,11 @@ from typing import Any
 
 from mlc_compile.config import ConfigReader
 from mlc_compile.errors import InputError
-from mlc_compile.weights import awq, compressed_tensors, fp8_blocks, gptq
 from mlc_compile.weights.files import Location
+from mlc_compile.weights.on_demand import on_demand
 from mlc_compile.weights.packed_layers import UNQUANTISED, Layers, section_of
 from mlc_compile.weights.reader import (
+    QUANTISATION_KEYS,
     Array,
     Packed,
     PackedInfo,
@@ -31,16 +32,14 @@ __all__ = ["METHODS", "PackedReader", "wrap"]
 
 METHODS: Mapping[str, Callable[[TensorReader, ConfigReader], Layers]] = MappingProxyType(
     {
-        "awq": awq.layers,
-        "gptq": gptq.layers,
-        "compressed-tensors": compressed_tensors.layers,
-        "fp8": fp8_blocks.layers,
-        "fbgemm_fp8": fp8_blocks.layers,
+        "awq": on_demand("mlc_compile.weights.awq:layers"),
+        "gptq": on_demand("mlc_compile.weights.gptq:layers"),
+        "compressed-tensors": on_demand("mlc_compile.weights.compressed_tensors:layers"),
+        "fp8": on_demand("mlc_compile.weights.fp8_blocks:layers"),
+        "fbgemm_fp8": on_demand("mlc_compile.weights.fp8_blocks:layers"),
     }
 )
 """The readers by `quant_method`."""
-
-_KEYS = ("quantization_config", "compression_config")
 
 # Methods that exist and are not read, with what to do.
 _REFUSED: Mapping[str, str] = MappingProxyType(
@@ -59,7 +58,7 @@ def wrap(reader: TensorReader, config: Mapping[str, Any]) -> tuple[TensorReader,
     Raises:
         InputError: a method, a version or a setting that isn't read, or tensors that don't fit it.
     """
-    stated = [key for key in _KEYS if config.get(key) is not None]
+    stated = [key for key in QUANTISATION_KEYS if config.get(key) is not None]
     if not stated:
         return reader, dict(config)
     if len(stated) > 1 and config[stated[0]] != config[stated[1]]:
@@ -74,7 +73,9 @@ def wrap(reader: TensorReader, config: Mapping[str, Any]) -> tuple[TensorReader,
             hint=_REFUSED.get(str(method), f"{UNQUANTISED}; read are: {', '.join(METHODS)}"),
         )
     found = METHODS[method](reader, section)
-    return PackedReader(reader, found), {k: v for k, v in config.items() if k not in _KEYS}
+    return PackedReader(reader, found), {
+        k: v for k, v in config.items() if k not in QUANTISATION_KEYS
+    }
 
 
 class PackedReader:

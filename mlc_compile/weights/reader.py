@@ -15,6 +15,7 @@ from mlc_compile.quantization.hold import Packed, PackedInfo
 from mlc_compile.weights.files import Location, MappedFile
 
 __all__ = [
+    "QUANTISATION_KEYS",
     "Array",
     "MappedFile",
     "Packed",
@@ -32,6 +33,9 @@ Array = npt.NDArray[Any]
 
 Rows: TypeAlias = "slice | Array | None"
 """Some rows of a matrix: a slice of step 1, their numbers in any order, or all."""
+
+QUANTISATION_KEYS = ("quantization_config", "compression_config")
+"""Of a config.json whose tensors are packed (packed_source.py)."""
 
 _EXTENSION_DTYPES = {
     name: np.dtype(getattr(ml_dtypes, name))

@@ -22,7 +22,25 @@ from urllib.parse import unquote, urlsplit, urlunsplit
 import numpy as np
 
 from mlc_compile.errors import EnvironmentLacksError, InputError
-from mlc_compile.weights.files import Array, Location, SourceFile, TensorFile, UnreadableError
+from mlc_compile.weights.files import (
+    Array,
+    Location,
+    SourceFile,
+    TensorFile,
+    UnreadableError,
+    locate,
+)
+
+__all__ = [
+    "CACHE_BYTES",
+    "CHUNK",
+    "MAX_SMALL_BYTES",
+    "RangedFile",
+    "RemoteFile",
+    "RemotePath",
+    "locate",
+    "locate_url",
+]
 
 T = TypeVar("T")
 
@@ -59,13 +77,8 @@ _MARKS = [
 ]
 
 
-def locate(where: str | Path) -> Location:
-    """A path of this machine, or of elsewhere for a URL such as https://host/model/.
-
-    Raises InputError for a URL that can't be used, EnvironmentLacksError without its package.
-    """
-    if isinstance(where, Path) or "://" not in where:
-        return Path(where)
+def locate_url(where: str) -> Location:
+    """`locate` of a URL."""
     if where.startswith("file://"):
         from urllib.request import url2pathname  # imports half of the network, slowly
 

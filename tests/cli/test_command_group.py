@@ -202,3 +202,20 @@ def test_reference_in_docs_has_every_command_and_option() -> None:
         assert all(flag in section for o in options for flag in o.opts), "run `make docs`"
         text = " ".join(section.split())
         assert all(" ".join((o.help or "").split()) in text for o in options), "run `make docs`"
+
+
+def test_only_a_process_of_its_own_leaves_garbage_alone() -> None:
+    code = (
+        "import atexit, gc\n"
+        "usual = gc.get_threshold()\n"
+        "from mlc_compile.cli import main\n"
+        "atexit.register(lambda: print('frozen', gc.get_freeze_count() > 0))\n"
+        "for words in (['list', '--help'], None):\n"
+        "    try: main(words)\n"
+        "    except SystemExit: print('usual', gc.get_threshold() == usual)\n"
+    )
+    output = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout
+    found = [line for line in output.splitlines() if line.startswith(("frozen", "usual"))]
+    assert found == ["usual True", "usual False", "frozen True"]
