@@ -88,6 +88,44 @@ GEMV_CANDIDATES: tuple[tuple[Any, ...], ...] = (
     (256, 1, 4, 1, 2),
     (256, 1, 4, 2, 1),
 )
+# The same for float16 models whose rows are long: loads of 2 or 4 words.
+LONG_CANDIDATES: tuple[tuple[int, ...], ...] = (
+    (32, 1, 4, 4, 1),
+    (32, 1, 8, 4, 1),
+    (32, 2, 4, 4, 1),
+    (32, 2, 8, 4, 1),
+    (32, 2, 2, 4, 2),
+    (32, 4, 2, 4, 2),
+    (32, 2, 4, 2, 4),
+    (64, 1, 2, 4, 1),
+    (64, 1, 4, 4, 1),
+    (64, 1, 8, 4, 1),
+    (64, 2, 4, 4, 1),
+    (64, 2, 8, 4, 1),
+    (64, 1, 4, 4, 2),
+    (64, 2, 2, 4, 4),
+    (64, 1, 2, 2, 2),
+    (64, 1, 2, 2, 4),
+    (64, 1, 4, 2, 2),
+    (64, 2, 2, 2, 2),
+    (112, 1, 4, 4, 2),
+    (112, 1, 8, 4, 1),
+    (128, 1, 2, 4, 1),
+    (128, 1, 4, 4, 1),
+    (128, 1, 8, 4, 1),
+    (128, 1, 2, 4, 2),
+    (128, 1, 4, 4, 2),
+    (128, 1, 2, 2, 1),
+    (128, 1, 4, 2, 1),
+    (128, 1, 2, 2, 2),
+    (128, 1, 4, 2, 2),
+    (224, 1, 2, 4, 2),
+    (224, 1, 4, 4, 1),
+    (224, 1, 4, 4, 2),
+    (224, 1, 8, 4, 1),
+    (256, 1, 2, 4, 1),
+    (256, 1, 4, 4, 1),
+)
 ITEM = {"float16": 2, "float32": 4, "uint32": 4}
 
 
@@ -235,7 +273,7 @@ class Emitter:
 
 def gemv_candidates(spec: Any, sweep: bool) -> Iterator[Any]:
     """Configurations to time, the chosen one (None) first."""
-    from mlc_compile.targets.gpu_kernels._gemv import GemvConfig
+    from mlc_compile.targets.gpu_kernels._gemv import GemvConfig, _is_long
 
     yield None
     if not sweep:
@@ -244,8 +282,33 @@ def gemv_candidates(spec: Any, sweep: bool) -> Iterator[Any]:
         for lanes, teams, rows in ((16, 16, 1), (16, 16, 2), (32, 8, 1), (16, 16, 4), (8, 32, 4)):
             yield GemvConfig(lanes=lanes, teams=teams, rows=rows)
         return
-    for cut in GEMV_CANDIDATES:
-        yield GemvConfig(*cut)
+    scheme, n, k = spec.scheme, spec.out_features, spec.in_features
+    if scheme is None or not _is_long(scheme, k):
+        for cut in GEMV_CANDIDATES:
+            yield GemvConfig(*cut)
+        return
+    chosen = chosen_gemv(spec)
+    for cut in LONG_CANDIDATES:
+        config = GemvConfig(*cut, decode="halves" if scheme.bits == 4 else "bytes")
+        turns, idle = divmod(scheme.num_words(k) // config.words, config.lanes * config.unroll)
+        # Those that leave lanes idle or a large GPU without threads, and, of large weights, those
+        # that spend many instructions on x, are known to be slow.
+        if n * k > 40 << 20:
+            slow = config.rows < 4 or config.words < 4
+        else:
+            slow = n // config.rows * config.lanes < 1 << 15
+        if turns and not idle and not slow and config != chosen:
+            yield config
+
+
+def chosen_gemv(spec: Any) -> Any:
+    """What the package chooses for one row."""
+    from mlc_compile.targets.gpu_kernels import _gemv
+    from mlc_compile.targets.gpu_kernels.device import WEBGPU
+
+    n, k, normed = spec.out_features, spec.in_features, spec.norm_eps is not None
+    config = _gemv.choose(n, k, spec.scheme, 1, WEBGPU, normed=normed)
+    return _gemv.fit(config, 1, WEBGPU, gated=spec.activation is not None)
 
 
 def gemm_candidates(sweep: bool) -> Iterator[Any]:
@@ -317,8 +380,9 @@ def emit(args: argparse.Namespace, folder: Path) -> None:
             func = linear_kernel(spec, device=WEBGPU, **chosen)
             if func is not None:
                 label = "chosen" if config is None else config.label
+                cut = {"config": (config or chosen_gemv(spec)).label} if rows == 1 else {}
                 title = f"{model}/{name}" + (" fused" if fused else "")
-                emitter.linear(title, spec, rows, label, func, times=times, model=model)
+                emitter.linear(title, spec, rows, label, func, times=times, model=model, **cut)
         print(f"{model}/{name} {scheme_name}, {rows} rows: {len(emitter.kernels)}", flush=True)
     for model in args.chains:
         for scheme_name in args.schemes:
@@ -725,6 +789,7 @@ struct P { n: u32 }
             "k": kernel["k"],
             "rows": kernel["rows"],
             "label": kernel["label"],
+            "config": kernel.get("config"),
             "bytes": total + sum(sizes[r] for r in own),
             "error": error,
             "tolerance": TOLERANCE[dtypes["out"]],
@@ -958,8 +1023,9 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
             if r["rows"] <= 8
             else f"{r['flop_per_s'] / 1e12:7.2f} TFLOP/s"
         )
+        label = f"chosen {r['config'] or ''}" if r["label"] == "chosen" else r["label"]
         print(
-            f"  {r['label']:22} {r['seconds'] * 1e6:9.2f} us {rate}"
+            f"  {label:22} {r['seconds'] * 1e6:9.2f} us {rate}"
             f"  error {r['error']:.1e}{'' if r['ok'] else ' WRONG'}",
             flush=True,
         )

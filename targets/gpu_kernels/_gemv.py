@@ -591,6 +591,8 @@ HUGE_WEIGHT = 256 << 20
 """Elements of a weight. What is chosen by them is the best or within 3 % of it over the products of
 Llama-3.2-1B and 3.1-8B on an H200 (benchmarks/NOTES.md): small ones want many threads at once,
 large ones few instructions for x."""
+FEW_ROWS = 3072
+"""Weight rows up to which a thread takes two of them, for codes of eight bits."""
 NORMED_WEIGHT = HUGE_WEIGHT
 """Elements up to which a norm is better inside: every group of threads then takes it again."""
 
@@ -629,7 +631,7 @@ def _long(n: int, k: int, scheme: QuantScheme, normed: bool) -> GemvConfig:
     """For one row and weights whose rows are long."""
     pieces = scheme.num_words(k) // 4
     if scheme.bits != 4:
-        return GemvConfig(lanes=128, teams=1, rows=4, words=4)
+        return _long_wide(n, k, pieces, normed)
     # As many lanes as leave none idle in the last turn.
     whole = [lanes for lanes in range(256, 48, -16) if pieces % lanes == 0]
     lanes = whole[0] if whole else 128
@@ -645,6 +647,16 @@ def _long(n: int, k: int, scheme: QuantScheme, normed: bool) -> GemvConfig:
     elif pieces > lanes:
         config = replace(config, unroll=2)
     return config
+
+
+def _long_wide(n: int, k: int, pieces: int, normed: bool) -> GemvConfig:
+    """The same for codes that fill more than four bits; pieces: loads of four words in a row."""
+    config = GemvConfig(lanes=128, teams=1, rows=4, words=4)
+    if n * k >= SMALL_WEIGHT and (normed or pieces <= 128):
+        return replace(config, lanes=64, teams=2)
+    if n <= FEW_ROWS:
+        return replace(config, rows=2, words=2 if pieces <= 128 else 4, unroll=2)
+    return replace(config, unroll=2) if pieces <= 256 else config
 
 
 def _threads(n: int, config: GemvConfig) -> int:
