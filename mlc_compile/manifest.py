@@ -15,7 +15,6 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +25,14 @@ from mlc_compile.errors import InputError, MlcError
 from mlc_compile.models.spec import Model
 from mlc_compile.quantization.policy import StoredParam
 from mlc_compile.quantization.scheme import QuantScheme
+from mlc_compile.versions import version
 from mlc_compile.weights.tensor_cache import (
     WrittenFile,
     is_plain_name,
     open_tensor_cache,
     read_blocks,
 )
-from mlc_compile.weights.tokenizer import COPIED_FILES
+from mlc_compile.weights.tokenizer_files import COPIED_FILES
 
 MANIFEST = "manifest.json"
 MODEL_MANIFEST = "mlc-model-manifest.json"
@@ -139,7 +139,7 @@ def tool_versions() -> dict[str, str]:
     for package in _PACKAGES:
         try:
             found[package] = version(package)
-        except PackageNotFoundError:
+        except ModuleNotFoundError:  # PackageNotFoundError is one
             found[package] = "not installed"
     return found
 
@@ -191,7 +191,7 @@ def build_manifest(
     params: Sequence[StoredParam],
     *,
     source_format: str,
-    sources: Sequence[WrittenFile],
+    sources: Sequence[Mapping[str, Any]],
     source_elements: int,
     files: Sequence[WrittenFile],
     tensor_sha256: Mapping[str, str],
@@ -201,7 +201,8 @@ def build_manifest(
 ) -> dict[str, Any]:
     """The content of manifest.json.
 
-    source_elements: elements of the unquantised parameters. options: what the user chose, as JSON.
+    sources: name, nbytes and maybe a hash (blake3 or sha256) of each. source_elements: elements of
+    the unquantised parameters. options: what the user chose, as JSON.
     relative_errors: of the first stored tensor of each parameter, for the parameter as it is
     stored: sqrt(sum e^2 / sum w^2). notes: what was lost of the source.
     """
@@ -228,7 +229,7 @@ def build_manifest(
         "parameter_schema_id": parameter_schema_id(params),
         "options": dict(options),
         **({"notes": list(notes)} if notes else {}),
-        "source": {"format": source_format, "files": [_source_json(file) for file in sources]},
+        "source": {"format": source_format, "files": [dict(file) for file in sources]},
         "files": [_file_json(file) for file in sorted(files, key=lambda file: file.name)],
         "tensors": [
             {
@@ -246,11 +247,6 @@ def build_manifest(
 
 def _file_json(file: WrittenFile) -> dict[str, Any]:
     return {"name": file.name, "nbytes": file.nbytes, "sha256": file.sha256}
-
-
-def _source_json(file: WrittenFile) -> dict[str, Any]:
-    entry = _file_json(file)
-    return entry if file.sha256 else {key: entry[key] for key in ("name", "nbytes")}
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:

@@ -17,10 +17,10 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -45,24 +45,29 @@ from mlc_compile.quantization.compiled import Device
 from mlc_compile.quantization.scheme import QuantScheme
 from mlc_compile.weights.budget import cores, plan_budget
 from mlc_compile.weights.checkpoint import Checkpoint
-from mlc_compile.weights.estimate import Estimate, estimate
 from mlc_compile.weights.files import UnreadableError
 from mlc_compile.weights.journal import Journal, key_of
+from mlc_compile.weights.on_demand import on_demand
 from mlc_compile.weights.packer import lost, packer
 from mlc_compile.weights.plan import ConversionPlan, ParamPlan, listed, plan_conversion
 from mlc_compile.weights.publish import Staging, owned_files, staged
 from mlc_compile.weights.run import Run
-from mlc_compile.weights.sources import SourceFiles, fingerprint
+from mlc_compile.weights.sources import SourceFiles, SourceHash, fingerprint
 from mlc_compile.weights.tensor_cache import (
     TENSOR_CACHE,
     TensorCacheWriter,
     WrittenFile,
 )
 
+if TYPE_CHECKING:
+    from mlc_compile.weights.estimate import Estimate
+
 __all__ = ["ConversionPlan", "ConversionReport", "ParamPlan", "convert_weight", "plan_conversion"]
 
 Importance = Mapping[str, npt.NDArray[np.float32]]
 """By the name of our parameter, float32 [K]: how much the error of each input channel counts."""
+
+_estimate: Callable[..., Estimate] = on_demand("mlc_compile.weights.estimate:estimate")
 
 STAGING = ".mlc_compile.convert"
 JOURNAL = "journal.jsonl"
@@ -136,7 +141,7 @@ def convert_weight(
     max_ram: int | None = None,
     scales: Scales = "auto",
     importance: Importance | None = None,
-    hash_sources: bool = True,
+    source_hash: SourceHash = "blake3",
     progress: Progress | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> ConversionReport:
@@ -148,7 +153,7 @@ def convert_weight(
     max_ram: what the resident memory of this process stays below, in bytes.
     scales: how the scale of a group is chosen, see quantization.codec; "mse" with `importance`
         weighs by input channel.
-    hash_sources: False leaves the SHA-256 of the source files out of manifest.json.
+    source_hash: of the source files, for manifest.json.
     progress: called with (parameter name, bytes of the source done, bytes in all).
     options: JSON values to be recorded in manifest.json.
 
@@ -161,7 +166,7 @@ def convert_weight(
     """
     started = time.monotonic()
     plan = plan_conversion(checkpoint, model, scheme)
-    sources = SourceFiles(checkpoint.sources, hashed=hash_sources)
+    sources = SourceFiles(checkpoint.sources, source_hash)
     key = fingerprint(plan, checkpoint, sources, scales, importance, options or {})
     out_dir = Path(out_dir)
     if out_dir.exists() and not out_dir.is_dir():
@@ -202,7 +207,7 @@ def estimate_conversion(
     device: Device | Literal["auto"] = "auto",
     max_ram: int | None = None,
     scales: Scales = "auto",
-    hash_sources: bool = True,
+    source_hash: SourceHash = "blake3",
 ) -> Estimate:
     """What `convert_weight` would do: exact sizes, memory, and a time by a sample of the work.
 
@@ -213,7 +218,7 @@ def estimate_conversion(
     packing = packer(plan, checkpoint, device, jobs, scales, max_ram=max_ram)
     compiled = packing.hasher is not None
     budget = plan_budget(plan, checkpoint, jobs, max_ram, compiled=compiled)
-    return estimate(plan, checkpoint, packing, budget, hash_sources=hash_sources)
+    return _estimate(plan, checkpoint, packing, budget, source_hash=source_hash)
 
 
 def _write_documents(
@@ -233,7 +238,7 @@ def _write_documents(
         plan.scheme,
         plan.stored,
         source_format=checkpoint.format,
-        sources=run.sources.written,
+        sources=run.sources.listed,
         source_elements=plan.source_elements,
         files=[*files, package],
         tensor_sha256={k: v for one in sealed for k, v in one.tensor_sha256.items()},

@@ -18,6 +18,7 @@ from mlc_compile.weights.budget import Budget
 from mlc_compile.weights.checkpoint import Checkpoint
 from mlc_compile.weights.packer import Packer, lost
 from mlc_compile.weights.plan import ConversionPlan
+from mlc_compile.weights.sources import DIGESTS, SourceHash
 from mlc_compile.weights.work import (
     BLOCK_ELEMENTS,
     CHUNK_ELEMENTS,
@@ -76,7 +77,7 @@ def estimate(
     packing: Packer,
     budget: Budget,
     *,
-    hash_sources: bool = True,
+    source_hash: SourceHash = "blake3",
 ) -> Estimate:
     """Times a sample of the work. Raises InputError for values there that cannot be stored."""
     found = list(blocks(plan, checkpoint, BLOCK_ELEMENTS))
@@ -101,7 +102,9 @@ def estimate(
     sha256 = _seconds(lambda: hashlib.sha256(data)) / _SAMPLE
     md5 = _seconds(lambda: hashlib.md5(data, usedforsecurity=False)) / _SAMPLE
     written = _seconds(lambda: np.frombuffer(data, np.uint8).copy()) / _SAMPLE
-    cores = packed * plan.source_elements + (sha256 * source_bytes if hash_sources else 0)
+    cores = packed * plan.source_elements
+    if source_hash != "none":
+        cores += _seconds(lambda: DIGESTS[source_hash](data)) / _SAMPLE * source_bytes
     cores += (sha256 + md5 + written) * plan.total_bytes
     seconds = _START + cores / budget.workers
     return Estimate(plan, budget, source_bytes, seconds, lost(plan, checkpoint))

@@ -26,8 +26,11 @@ from mlc_compile.weights.sources import SourceFiles
 from mlc_compile.weights.tensor_cache import SealedShard, TensorCacheWriter, hash_shards
 from mlc_compile.weights.work import Block, Converter, blocks
 
-BATCH = 16
-"""Shards that are hashed together, where that is done side by side."""
+BATCH = 48
+"""Shards that are hashed together, where that is done side by side: with fewer, streams lie idle.
+
+What was converted since the last batch is done again after an interruption.
+"""
 
 
 class Run:
@@ -55,6 +58,7 @@ class Run:
         self._sealed: dict[int, SealedShard] = {}
         self._sums: dict[str, Sums] = {}
         self._ready: list[int] = []  # complete, not yet being hashed
+        self._synced: dict[int, Future[None]] = {}
         self._batch = BATCH if packing.hasher is not None else 1
         self._pending: dict[Future[Any], Callable[[Any], None]] = {}
 
@@ -92,8 +96,10 @@ class Run:
 
     def _submit(
         self, pool: ThreadPoolExecutor, item: Callable[[], Any], then: Callable[[Any], None]
-    ) -> None:
-        self._pending[pool.submit(item)] = then
+    ) -> Future[Any]:
+        future = pool.submit(item)
+        self._pending[future] = then
+        return future
 
     def _wait(self, at_most: int) -> None:
         """Until no more than so many items are in work or waiting."""
@@ -229,7 +235,7 @@ class Run:
         while self._pending or self._ready or not self.sources.complete:
             # The last blocks are in: what they complete no longer waits for a full batch.
             if self._ready and not any(self._missing.values()):
-                self._hash_ready()
+                self._hash_ready(self._budget.workers)
             self._hash_sources(every=True)
             self._wait(max(0, len(self._pending) - 1))
         if progress is not None:
@@ -242,15 +248,24 @@ class Run:
         for index in self._needs[name] - finished:
             self._missing[index] -= 1
             if not self._missing[index]:
+                sync = partial(self._writer.sync, index)
+                self._synced[index] = self._submit(self._disk, sync, _nothing)
                 self._ready.append(index)
         if len(self._ready) >= self._batch:
-            self._hash_ready()
+            self._hash_ready(1)
 
-    def _hash_ready(self) -> None:
-        """Puts the hashing of complete shards into work."""
-        batch, self._ready = self._ready, []
-        seal = partial(self._writer.seal, batch, self._packing.hasher)
-        self._submit(self._pool, seal, partial(self._seal, batch))
+    def _hash_ready(self, parts: int) -> None:
+        """Puts the hashing of complete shards into work, cut into parts of about one size."""
+        ready, self._ready = self._ready, []
+        batches: list[list[int]] = [[] for _ in range(min(parts, len(ready)))]
+        sizes = [0] * len(batches)
+        for index in sorted(ready, key=lambda index: -self._shards[index].nbytes):
+            least = sizes.index(min(sizes))
+            batches[least].append(index)
+            sizes[least] += self._shards[index].nbytes
+        for batch in batches:
+            seal = partial(self._writer.seal, batch, self._packing.hasher)
+            self._submit(self._pool, seal, partial(self._seal, batch))
 
     def _seal(self, batch: Sequence[int], found: Sequence[SealedShard]) -> None:
         for index, sealed in zip(batch, found, strict=True):
@@ -265,9 +280,10 @@ class Run:
             if any(stored.name in held for stored in param.stored)
         }
         entry = {"shard": sealed.shard.file, "sha256": sealed.sha256, "sums": sums}
+        synced = self._synced.pop(index)
 
         def keep() -> None:
-            self._writer.sync(index)
+            synced.result()  # the journal tells of nothing that is not on the disk
             self._journal.append(entry)
 
         self._submit(self._disk, keep, _nothing)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import random
@@ -294,6 +295,34 @@ def test_a_torn_journal(tmp_path: Path, cut: int) -> None:
     journal.write_bytes(data[: max(0, len(data) - cut)] + (b"\0\0\0" if cut == 30 else b""))
     report = converted(source, out)
     assert (report.kept > 0) == (cut < 10**6)
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_the_journal_tells_of_what_is_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out = make_source(tmp_path / "source"), tmp_path / "out"
+    converted(source, tmp_path / "whole")
+    real = os.fsync
+    failed: list[str] = []
+
+    def fsync(handle: int) -> None:
+        shards = (out / STAGING / "new").glob("params_shard_*.bin")
+        names = [path.name for path in shards if os.path.samestat(path.stat(), os.fstat(handle))]
+        if names and names != ["params_shard_0.bin"] and not failed:
+            failed.append(names[0])
+            time.sleep(0.3)  # so that the shard is hashed meanwhile
+            raise OSError(errno.EIO, "does not reach the disk")
+        real(handle)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fsync)
+        with pytest.raises((InputError, OSError)):
+            converted(source, out, jobs=2)
+    journal = (out / STAGING / JOURNAL).read_text()
+    assert failed
+    assert failed[0] not in journal
+    converted(source, out)
     assert contents(out) == contents(tmp_path / "whole")
 
 
