@@ -63,7 +63,7 @@ def encode_kernel(spec: EncodeSpec) -> Any:
 
     weight: source bits; q_weight: words; q_scale: model dtype bits, one a group; error, square:
     float32, the sums of (w' - w)**2 and w**2 of each group; peak: the bits of the largest |weight|
-    (uint32 [1], to be set to 0 before); all addresses. groups, size: int64.
+    (uint32 [1], to be set to 0 before); all addresses. groups, at least GROUPS, and size: int64.
     """
     with IRBuilder() as builder, T.prim_func(is_private=False, s_tir=True):
         T.func_name("encode")
