@@ -5,8 +5,8 @@
 - Ctrl-C -> 130. A closed pipe ends quietly with 141, as the shell reports SIGPIPE, because
   exit 1 is reserved for "a check failed".
 - Any other exception is a bug of ours and keeps its traceback.
-- `main()` without arguments has the process for itself: it looks for garbage not before its imports
-  are done, and not at its end, when Python would search all that is left several times.
+- `main()` without arguments has the process for itself: it looks for garbage seldom, not while
+  it imports, and not at its end, when Python would search all that is left several times.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from mlc_compile.errors import InputError
-from mlc_compile.weights.files import Location, is_gguf
+from mlc_compile.weights.files import Location
 from mlc_compile.weights.gguf_config import (
     ARCHITECTURES,
     ROPE_FREQS,
@@ -49,7 +49,6 @@ __all__ = [
     "GgufReader",
     "generation_config",
     "hf_name",
-    "is_gguf",
     "open_gguf",
     "unpermute_rows",
 ]

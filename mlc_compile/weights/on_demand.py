@@ -1,8 +1,8 @@
 """Readers that few checkpoints need, imported with their first call.
 
-A plain checkpoint is converted in seconds, and the readers of all other formats took a tenth of one
-to import. A table or a name here says where a reader is; tests/test_layout.py takes that for the
-import that it stands for.
+A plain checkpoint is converted in seconds, of which the imports of all other formats' readers would
+be a noticeable part. A table or a name here says where a reader is; tests/test_layout.py takes that
+for the import that it stands for.
 """
 
 from __future__ import annotations

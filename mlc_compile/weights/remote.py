@@ -22,25 +22,7 @@ from urllib.parse import unquote, urlsplit, urlunsplit
 import numpy as np
 
 from mlc_compile.errors import EnvironmentLacksError, InputError
-from mlc_compile.weights.files import (
-    Array,
-    Location,
-    SourceFile,
-    TensorFile,
-    UnreadableError,
-    locate,
-)
-
-__all__ = [
-    "CACHE_BYTES",
-    "CHUNK",
-    "MAX_SMALL_BYTES",
-    "RangedFile",
-    "RemoteFile",
-    "RemotePath",
-    "locate",
-    "locate_url",
-]
+from mlc_compile.weights.files import Array, Location, SourceFile, TensorFile, UnreadableError
 
 T = TypeVar("T")
 

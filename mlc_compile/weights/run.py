@@ -7,6 +7,7 @@ what follows from a finished item, is decided in the calling thread alone.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from functools import partial
@@ -27,10 +28,9 @@ from mlc_compile.weights.tensor_cache import SealedShard, TensorCacheWriter, has
 from mlc_compile.weights.work import Block, Converter, blocks
 
 BATCH = 48
-"""Shards that are hashed together, where that is done side by side: with fewer, streams lie idle.
-
-What was converted since the last batch is done again after an interruption.
-"""
+"""Shards that are hashed together, where that is done side by side: of fewer, streams lie idle."""
+PATIENCE = 4.0
+"""Seconds after which fewer are hashed: what is not, is converted again after an interruption."""
 
 
 class Run:
@@ -58,6 +58,7 @@ class Run:
         self._sealed: dict[int, SealedShard] = {}
         self._sums: dict[str, Sums] = {}
         self._ready: list[int] = []  # complete, not yet being hashed
+        self._hashed_at = time.monotonic()
         self._synced: dict[int, Future[None]] = {}
         self._batch = BATCH if packing.hasher is not None else 1
         self._pending: dict[Future[Any], Callable[[Any], None]] = {}
@@ -251,12 +252,14 @@ class Run:
                 sync = partial(self._writer.sync, index)
                 self._synced[index] = self._submit(self._disk, sync, _nothing)
                 self._ready.append(index)
-        if len(self._ready) >= self._batch:
+        waited = time.monotonic() - self._hashed_at
+        if len(self._ready) >= self._batch or (self._ready and waited >= PATIENCE):
             self._hash_ready(1)
 
     def _hash_ready(self, parts: int) -> None:
         """Puts the hashing of complete shards into work, cut into parts of about one size."""
         ready, self._ready = self._ready, []
+        self._hashed_at = time.monotonic()
         batches: list[list[int]] = [[] for _ in range(min(parts, len(ready)))]
         sizes = [0] * len(batches)
         for index in sorted(ready, key=lambda index: -self._shards[index].nbytes):

@@ -20,7 +20,8 @@ from mlc_compile.quantization.scheme import get_scheme
 from mlc_compile.weights import remote
 from mlc_compile.weights.checkpoint import Checkpoint, open_checkpoint
 from mlc_compile.weights.convert import convert_weight
-from mlc_compile.weights.remote import RangedFile, locate
+from mlc_compile.weights.files import locate
+from mlc_compile.weights.remote import RangedFile
 
 sys.path.insert(0, str(Path(__file__).parent))
 from hf_files import CONFIG, f32, make_dir, st_bytes

@@ -25,7 +25,7 @@ from mlc_compile.manifest import check_directory
 from mlc_compile.models import load_model
 from mlc_compile.models.spec import Model
 from mlc_compile.quantization.scheme import get_scheme
-from mlc_compile.weights import budget, convert, tensor_cache
+from mlc_compile.weights import budget, convert, run, tensor_cache
 from mlc_compile.weights.checkpoint import Checkpoint, open_checkpoint
 from mlc_compile.weights.convert import JOURNAL, STAGING, ConversionReport, convert_weight
 from mlc_compile.weights.files import UnreadableError
@@ -236,10 +236,12 @@ def stopped_after(share: float) -> Callable[[str, int, int], None]:
     return progress
 
 
-def interrupted(source: Path, out: Path, share: float = 0.6, scheme: str = "q4f16_1") -> int:
+def interrupted(
+    source: Path, out: Path, share: float = 0.6, scheme: str = "q4f16_1", **options: Any
+) -> int:
     """Leaves a conversion of which so much is done; returns the number of finished shards."""
     with pytest.raises(Stop):
-        converted(source, out, scheme, progress=stopped_after(share), jobs=1)
+        converted(source, out, scheme, progress=stopped_after(share), jobs=1, **options)
     journal = out / STAGING / JOURNAL
     return sum('"shard"' in line for line in journal.read_text().splitlines())
 
@@ -262,6 +264,20 @@ def test_finished_shards_are_not_redone(tmp_path: Path, monkeypatch: pytest.Monk
     assert len(kept) == finished
     assert {name: (out / name).stat().st_mtime_ns for name in kept} == kept
     assert "interrupted run" in report.to_text()
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("patience", [0.0, 1e9])
+def test_shards_are_not_long_without_a_hash(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, patience: float
+) -> None:
+    """Where many are hashed together, a slow source does not make an interruption cost more."""
+    source, out = make_source(tmp_path / "source"), tmp_path / "out"
+    converted(source, tmp_path / "whole")
+    monkeypatch.setattr(run, "PATIENCE", patience)
+    finished = interrupted(source, out, device="cpu")
+    assert (finished >= 2) == (patience == 0)
+    assert (converted(source, out, device="cpu").kept > 0) == (patience == 0)
     assert contents(out) == contents(tmp_path / "whole")
 
 
